@@ -1,0 +1,73 @@
+"What the tests know about a notebook: where it stands, what it exports and imports, and how to run it by itself."
+import ast, json, os, re, shutil, subprocess, sys
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NBS = ROOT/'nbs'
+PROJECT = ('settings.ini', 'pyproject.toml', 'README.md', 'LICENSE', '_quarto.yml', 'nbs', 'flowloss_nb', 'tests')
+
+def notebooks() -> list[Path]:
+    "Every notebook, in reading order: the numbered ones, then the experiments."
+    found = [p for p in NBS.rglob('*.ipynb') if not any(part[0] in '._' for part in p.relative_to(NBS).parts)]
+    return sorted(found, key=lambda p: (len(p.parts), p.stem != 'index', p))
+
+def name(notebook: Path) -> str:
+    "How a notebook is called: its path below nbs/, without the suffix."
+    return notebook.relative_to(NBS).with_suffix('').as_posix()
+
+def cells(notebook: Path) -> list[dict]:
+    return json.loads(notebook.read_text())['cells']
+
+def source(cell: dict) -> str:
+    return ''.join(cell['source'])
+
+def code(notebook: Path) -> str:
+    "The code of a notebook as one text; magics, which ast cannot read, become `pass`."
+    text = '\n'.join(source(c) for c in cells(notebook) if c['cell_type'] == 'code')
+    return re.sub(r'^(\s*)[!%].*$', r'\1pass', text, flags=re.M)
+
+def module(notebook: Path) -> str | None:
+    "The module a notebook exports, if it exports one."
+    found = re.search(r'^#\| *default_exp +(\S+)', code(notebook), re.M)
+    return found and found[1]
+
+def number(notebook: Path) -> str:
+    "What orders the library notebooks: 02 < 02b < 03."
+    return re.match(r'\d+[a-z]?', notebook.stem)[0]
+
+def imported(text: str) -> set[str]:
+    "The modules of flowloss_nb that a piece of Python imports, at top level or inside a function."
+    found = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import): found |= {a.name for a in node.names}
+        if isinstance(node, ast.ImportFrom):
+            base = 'flowloss_nb.' * bool(node.level) + (node.module or '')
+            found |= {f'{base}.{a.name}' for a in node.names} if base.strip('.') == 'flowloss_nb' else {base}
+    return {m.split('.')[1] for m in found if m.startswith('flowloss_nb.')}
+
+def copy_project(folder: Path) -> Path:
+    "A copy of the project to run and build in, so that the tree stays as it is."
+    for item in PROJECT:
+        if (ROOT/item).is_dir():
+            shutil.copytree(ROOT/item, folder/item, symlinks=True, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints', 'runs'))
+        elif (ROOT/item).exists(): shutil.copy(ROOT/item, folder/item)
+    return folder
+
+def python(*args, folder: Path, seconds: float):
+    "Run Python in a copy of the project, which comes before the installed one; what it says on failure is the test's message."
+    temporary = folder/'tmp'; temporary.mkdir(exist_ok=True)
+    env = os.environ | dict(PYTHONPATH=str(folder), TMPDIR=str(temporary), MPLBACKEND='agg', OMP_NUM_THREADS='1')
+    try: done = subprocess.run([sys.executable, *map(str, args)], cwd=folder, env=env, timeout=seconds, capture_output=True, text=True)
+    except subprocess.TimeoutExpired: pytest.fail(f'not done after {seconds} s', pytrace=False)
+    if done.returncode: pytest.fail(f'exit {done.returncode}\n{(done.stdout + done.stderr)[-6000:]}', pytrace=False)
+
+def run(notebook: str):
+    "Run a notebook of the project in the current folder as `nbdev_test` does: directives and flags count."
+    from nbdev.config import get_config
+    from nbdev.test import test_nb
+    flags = get_config().tst_flags.split()
+    passed, _ = test_nb(Path(f'nbs/{notebook}.ipynb').resolve(), skip_flags=flags, basepath=Path.cwd())
+    sys.exit(0 if passed else 1)
+
+if __name__ == '__main__': run(sys.argv[1])

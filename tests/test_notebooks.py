@@ -1,0 +1,87 @@
+"Every notebook runs from top to bottom; what is in git is what the notebooks say."
+import ast, ctypes.util, re
+import pytest
+from conftest import needs_system
+from notebooks import NBS, ROOT, cells, code, copy_project, imported, module, name, notebooks, number, python, source
+
+LIBRARY = [n for n in notebooks() if n.parent == NBS and n.stem != 'index']
+EXPERIMENTS = [n for n in notebooks() if n.parent.name == 'experiments']
+SECONDS = 300  # a library notebook is meant to take 20; this bound is for slow machines and hung ones
+RENDERS = {'02b_simulator'}  # these draw with MuJoCo
+
+def renders() -> bool:
+    return all(ctypes.util.find_library(lib) for lib in ('EGL', 'OpenGL'))
+
+@pytest.fixture(scope='session')
+def project(tmp_path_factory):
+    return copy_project(tmp_path_factory.mktemp('project'))
+
+@pytest.mark.parametrize('notebook', [n for n in notebooks() if n not in EXPERIMENTS], ids=name)
+def test_notebook(notebook, project):
+    "Restart and run all."
+    if name(notebook) in RENDERS: needs_system(renders(), 'no EGL: apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri libopengl0')
+    python('tests/notebooks.py', name(notebook), folder=project, seconds=SECONDS)
+
+@pytest.mark.parametrize('notebook', EXPERIMENTS, ids=name)
+def test_experiment(notebook, tmp_path):
+    "An experiment's defaults are a smoke run that leaves a metrics.json (in a copy of its own, so that no other run's is found)."
+    folder = copy_project(tmp_path)
+    python('tests/notebooks.py', name(notebook), folder=folder, seconds=SECONDS)
+    assert list(folder.rglob('metrics.json')), f'{name(notebook)} wrote no metrics.json'
+
+@pytest.mark.parametrize('notebook', EXPERIMENTS, ids=name)
+def test_experiment_parameters(notebook):
+    "One cell has papermill's tag; every line in it sets one parameter to a literal and says what it is."
+    tagged = [source(c) for c in cells(notebook) if 'parameters' in c['metadata'].get('tags', [])]
+    assert len(tagged) == 1, f'{len(tagged)} cells are tagged `parameters`'
+    for node in ast.parse(tagged[0]).body:
+        line = tagged[0].splitlines()[node.lineno - 1]
+        assert isinstance(node, ast.Assign | ast.AnnAssign), f'not a parameter: {line}'
+        ast.literal_eval(node.value)
+        assert re.search(r'#\s*\w+', line), f'no comment: {line}'
+
+def test_export_is_fresh(tmp_path):
+    "flowloss_nb/*.py is what nbdev_export writes from nbs/."
+    folder = copy_project(tmp_path)
+    modules = lambda: {p.name: p.read_text() for p in (folder/'flowloss_nb').glob('*.py')}
+    before = modules()
+    python('-c', 'from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__()', folder=folder, seconds=120)
+    after = modules()
+    stale = sorted(f for f in before | after if before.get(f) != after.get(f))
+    assert not stale, f'make export would change {stale}'
+
+@pytest.mark.parametrize('notebook', notebooks(), ids=name)
+def test_notebook_is_clean(notebook):
+    "nbdev_clean would change nothing, and no cell holds an error."
+    from execnb.nbio import nb2str, read_nb
+    from nbdev.clean import clean_nb
+    from nbdev.config import get_config
+    cfg, nb = get_config(path=ROOT), read_nb(notebook)
+    clean_nb(nb, False, cfg.get('allowed_metadata_keys').split(), cfg.get('allowed_cell_metadata_keys').split(), cfg.clean_ids)
+    assert nb2str(nb) == notebook.read_text(), 'run make export'
+    assert not any(o['output_type'] == 'error' for c in cells(notebook) for o in c.get('outputs', []))
+
+def test_settings_keep_tags():
+    "Without this setting nbdev_clean strips papermill's tag, and every run would silently use the defaults."
+    from nbdev.config import get_config
+    assert 'tags' in get_config(path=ROOT).get('allowed_cell_metadata_keys').split()
+
+@pytest.mark.parametrize('notebook', LIBRARY, ids=name)
+def test_imports_point_down(notebook):
+    "A library notebook imports only modules of lower-numbered ones."
+    lower = {module(n) for n in LIBRARY if number(n) < number(notebook)}
+    upward = imported(code(notebook)) - lower
+    assert not upward, f'{name(notebook)} imports {sorted(upward)}; below it stand {sorted(filter(None, lower))}'
+
+def test_every_module_has_a_notebook():
+    "Nobody writes Python in flowloss_nb/ by hand."
+    files = {p.stem for p in (ROOT/'flowloss_nb').glob('*.py') if p.stem[0] != '_'}
+    assert files == {m for m in map(module, notebooks()) if m}
+
+def test_import_is_light(project):
+    "The library imports neither what runs notebooks nor what simulates or schedules."
+    heavy = {'papermill', 'ray', 'mujoco', 'metaworld', 'gymnasium', 'IPython', 'ipykernel', 'jupyter_client', 'jupyterlab', 'ipywidgets', 'nbdev', 'nbformat'}
+    modules = [m for m in map(module, notebooks()) if m]
+    program = '\n'.join(['import importlib, sys', f'for m in {modules}:', '    importlib.import_module(f"flowloss_nb.{m}")',
+                         f'    bad = {heavy} & sys.modules.keys()', '    assert not bad, f"flowloss_nb.{m} imports {sorted(bad)}"'])
+    python('-c', program, folder=project, seconds=120)

@@ -1,0 +1,145 @@
+"""A run that is killed at any moment and started again ends as if nothing had happened, bit by bit.
+
+As a script this file is the one process that imports torch once and forks the runs; it computes nothing itself, so forking is safe.
+"""
+import errno, json, os, random, signal, subprocess, sys, time, traceback
+from dataclasses import replace
+from pathlib import Path
+import pytest, torch
+from torch import nn
+from flowloss_nb import records
+from flowloss_nb.clips import ClipSet
+from flowloss_nb.edm import denoise
+from flowloss_nb.trainer import TrainParams, train
+
+PARAMS = TrainParams(steps=60, batch_size=4, warmup=5, lr=0.01, checkpoint_every=3, validate_every=7, ratio_every=4,
+                     cpu=True, progress=False)
+
+class Codec(nn.Module):
+    def encode(self, video): return video - video[:, :1]
+    def encode_first(self, first): return first
+
+class Denoiser(nn.Module):
+    "One convolution, a dropout layer (randomness inside the model), and a block of weights that makes files large."
+    def __init__(self, seed, dropout=0.1):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.net, self.rest = nn.Conv3d(3, 3, 3, padding=1), nn.Linear(64, 64)
+        self.drop = nn.Dropout(dropout)
+    def condition(self, prompt, first, first_latent, drop=None): return {'frame': first_latent[:, None] * (drop < 2).view(-1, 1, 1, 1, 1)}
+    def forward(self, x, sigma, cond):
+        F_x = lambda u, c: self.net(self.drop(u + cond['frame']).transpose(1, 2)).transpose(1, 2) + 1e-3*self.rest.weight.mean()
+        return denoise(F_x, x, sigma)
+
+def objective(z_hat, z, batch, sigma, generator):
+    pick = torch.randint(z.shape[1], (2,), generator=generator)
+    recon, gate = (z_hat - z).pow(2).mean(), (sigma < 2).float()
+    flow = (gate[:, None] * (z_hat - z)[:, pick].flatten(2).pow(2).mean(2)).mean()
+    parts = {'loss': recon, 'recon': recon, 'recon_term': recon, 'open': gate.mean(), 'flow': flow.detach()}
+    return parts | ({'loss': recon + flow, 'flow_term': flow} if gate.any() else {})
+
+def clips():
+    frames = torch.randint(256, (10, 4, 8, 8, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return ClipSet(frames, [f'clip {i}' for i in range(10)])
+
+def go(run_dir, seed=0, params=PARAMS, dropout=0.1):
+    validate = lambda ema, step: {'size': sum(p.norm() for p in ema.parameters()).item(), 'luck': torch.rand(1).item()*0}
+    train(params, run_dir, Denoiser(seed, dropout), Codec(), objective, clips(), validate=validate)
+
+# ---- the script
+
+def fork(run_dir, seed=0, params=PARAMS, dropout=0.1, **env):
+    pid = os.fork()
+    if pid: return pid
+    code = 1
+    try: torch.set_num_threads(1); os.environ.update(env); go(run_dir, seed, params, dropout); code = 0
+    except BaseException: traceback.print_exc()
+    finally: os._exit(code)
+
+def lines(run_dir): return (run_dir/'log.jsonl').read_bytes().count(b'\n') if (run_dir/'log.jsonl').exists() else 0
+
+def killed(pid, run_dir, dice):
+    "Let a run write a few lines, then kill it: in a step, between two, or while it saves. Tells whether it was still alive."
+    enough, end = lines(run_dir) + dice.randint(1, 12), time.time() + 30
+    while lines(run_dir) < enough and time.time() < end and not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT): time.sleep(0.002)
+    time.sleep(dice.uniform(0, 0.03)); os.kill(pid, signal.SIGKILL)
+    return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+
+def lives(run_dir, kills=6):
+    "Spend up to `kills` lives, then let the run end. Weights to begin with differ from life to life unless no checkpoint is there yet."
+    dice, ends = random.Random(), []
+    for n in range(kills):
+        ends.append([killed(fork(run_dir, seed=n if records.latest_checkpoint(run_dir) else 0), run_dir, dice), lines(run_dir)])
+    return ends, os.waitpid(fork(run_dir, seed=99), 0)[1]
+
+def script(root):
+    import torch._dynamo # the first optimiser imports it: once here, not in every life
+    whole = os.waitpid(fork(root/'whole'), 0)[1]
+    ends, last = lives(root/'killed')
+    few = dict(params=replace(PARAMS, steps=12), dropout=0.)
+    two = dict(WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(random.randint(20000, 60000)), ACCELERATE_USE_CPU='true')
+    pids = [fork(root/'one', **few)] + [fork(root/'two', RANK=str(r), LOCAL_RANK=str(r), **few, **two) for r in range(2)]
+    codes = [os.waitpid(pid, 0)[1] for pid in pids]
+    (root/'told.json').write_text(json.dumps({'whole': whole, 'killed': last, 'ends': ends, 'two': codes}))
+
+# ---- the tests
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    root = tmp_path_factory.mktemp('resume')
+    env = os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, __file__, str(root)], env=env, capture_output=True, text=True, timeout=120)
+    assert (root/'told.json').exists(), done.stderr[-3000:]
+    return root, json.loads((root/'told.json').read_text()), done.stderr[-3000:]
+
+def story(run_dir): return [{k: v for k, v in line.items() if 'seconds' not in k} for line in records.read_log(run_dir)]
+
+def test_killed_and_resumed_is_bit_exact(runs):
+    root, told, stderr = runs
+    assert told['whole'] == told['killed'] == 0, stderr
+    assert sum(alive for alive, _ in told['ends']) >= 3, f"the run ended before it was killed often: {told['ends']}"
+    a, b = (records.latest_checkpoint(root/name) for name in ('whole', 'killed'))
+    assert a.name == b.name == 'step_0000060'
+    for name in ('model', 'ema', 'optimizer'): assert (a/f'{name}.safetensors').read_bytes() == (b/f'{name}.safetensors').read_bytes(), name
+    assert story(root/'whole') == story(root/'killed')
+    state = [json.loads((c/'state.json').read_text()) for c in (a, b)]
+    for s in state: s.pop('compute_seconds')
+    assert state[0] == state[1]
+
+def test_nothing_is_left_behind(runs):
+    root, _, _ = runs
+    assert sorted(p.name for p in (root/'killed/checkpoints').iterdir()) == ['step_0000057', 'step_0000060']
+    steps = [line['step'] for line in records.read_log(root/'killed', 'train')]
+    assert steps == list(range(1, 61))
+
+def test_two_processes_equal_one(runs):
+    root, told, stderr = runs
+    assert told['two'] == [0, 0, 0], stderr
+    for a, b in zip(story(root/'one'), story(root/'two'), strict=True):
+        assert set(a) == set(b) and a['step'] == b['step']
+        if a['kind'] == 'train': assert a['sigma'] == b['sigma'] and a['open'] == b['open']
+        for k in {'loss', 'recon', 'flow', 'grad_norm', 'size'} & {*a}: assert a[k] == pytest.approx(b[k], rel=1e-4), (k, a, b)
+    one, two = (records.load_checkpoint(records.latest_checkpoint(root/run))[0]['ema'] for run in ('one', 'two'))
+    for k in one: torch.testing.assert_close(one[k], two[k], rtol=1e-4, atol=1e-5)
+
+def test_full_disk_while_saving(tmp_path, monkeypatch):
+    torch.set_num_threads(1)
+    short = replace(PARAMS, steps=6, tensorboard=False)
+    go(tmp_path/'whole', params=short)
+    go(tmp_path/'run', params=replace(short, steps=3))
+    real = records.save_file
+    def full(tensors, path):
+        if 'ema' in str(path): Path(path).write_bytes(b'half of it'); raise OSError(errno.ENOSPC, 'No space left on device')
+        real(tensors, path)
+    monkeypatch.setattr(records, 'save_file', full)
+    with pytest.raises(OSError, match='checkpoint step_0000003 is whole; make room'): go(tmp_path/'run', params=short)
+    assert [p.name for p in (tmp_path/'run/checkpoints').iterdir()] == ['step_0000003']
+    monkeypatch.undo()
+    go(tmp_path/'run', seed=7, params=short)
+    train_lines = lambda name: [l for l in story(tmp_path/name) if l['kind'] == 'train']
+    assert train_lines('run') == train_lines('whole')
+
+def test_folder_in_use_names_the_process(tmp_path):
+    with records.lock_run(tmp_path), pytest.raises(RuntimeError, match=f'in use by process {os.getpid()}'): go(tmp_path)
+
+if __name__ == '__main__': script(Path(sys.argv[1]))
