@@ -159,7 +159,9 @@ def save_checkpoint(
         for name, named in tensors.items(): save_tensors(part/f'{name}.safetensors', named)
         write_json(part/'state.json', {**state, 'step': step}); sync(part)
         part.rename(final); sync(folder)
-    except (OSError, SafetensorError) as e: shutil.rmtree(part, ignore_errors=True); raise no_room(run_dir, step, e) from e
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(part, ignore_errors=True)
+        raise no_room(run_dir, step, e) from e
     for old in list_checkpoints(run_dir)[:-keep]: shutil.rmtree(old.rename(folder/f'.old_{old.name}'))
     return final
 
@@ -185,5 +187,6 @@ def load_checkpoint(
     if not (path/'state.json').exists(): raise FileNotFoundError(f'{path} is no checkpoint: it has no state.json')
     try: tensors = {f.stem: load_file(f, device=str(device)) for f in sorted(path.glob('*.safetensors'))}
     except SafetensorError as e:
-        raise ValueError(f'checkpoint {path} is damaged: {e}. Delete that folder: the run goes on from the one before') from None
+        raise ValueError(f'checkpoint {path} is damaged: {e}. '
+                         'Delete that folder: the run goes on from the one before') from None
     return tensors, json.loads((path/'state.json').read_text())

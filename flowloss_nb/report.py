@@ -19,70 +19,75 @@ def words(
     text = re.sub(r'`([^`]+)`', r'<code>\1</code>', html.escape(str(text)))
     return re.sub(r'\*\*([^*]+)\*\*', r'<b>\1</b>', text)
 
-# %% ../nbs/15c_report.ipynb #c007
+# %% ../nbs/15c_report.ipynb #c008
 def prose(
     text:str, # Paragraphs, parted by empty lines
 )->str:       # HTML
     "Paragraphs."
     return '\n'.join(f'<p>{words(p.strip())}</p>' for p in re.split(r'\n\s*\n', text.strip()))
 
-# %% ../nbs/15c_report.ipynb #c010
+# %% ../nbs/15c_report.ipynb #c011
 def show_value(
-    value, # Number, text, None, or a list of them
-)->str:    # How it reads
+    value:object, # Number, text, None, or a list of them
+)->str:           # How it reads
     "A value as a reader wants it: four digits, a dash for what isn't there."
     if value is None or (isinstance(value, float) and math.isnan(value)): return '–'
     if isinstance(value, (list, tuple)): return ', '.join(map(show_value, value))
     return f'{value:.4g}' if isinstance(value, float) else str(value)
 
-# %% ../nbs/15c_report.ipynb #c011
+# %% ../nbs/15c_report.ipynb #c013
 def columns_of(
     rows:list[dict], # Rows of a table
 )->list[str]:        # Every column once
     "Columns, in order of first appearance."
     return list(dict.fromkeys(k for row in rows for k in row))
 
-# %% ../nbs/15c_report.ipynb #c012
+# %% ../nbs/15c_report.ipynb #c015
 def table(
     rows:list[dict],  # Column → value, one dict a row
     caption:str = '', # Line below the table
 )->str:               # HTML
     "A table of rows."
-    cell = lambda v: f"<td{' class=n' if isinstance(v, (int, float)) and not isinstance(v, bool) else ''}>{words(show_value(v))}</td>"
+    kind = lambda v: ' class=n' if isinstance(v, (int, float)) else ''
+    cell = lambda v: f'<td{kind(v)}>{words(show_value(v))}</td>'
     head = ''.join(f'<th>{words(k)}</th>' for k in columns_of(rows))
     body = '\n'.join('<tr>' + ''.join(cell(row.get(k)) for k in columns_of(rows)) + '</tr>' for row in rows)
-    return f'<figure class=t><div><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div><figcaption>{words(caption)}</figcaption></figure>'
+    rows = f'<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>'
+    return f'<figure class=t><div>{rows}</div><figcaption>{words(caption)}</figcaption></figure>'
 
-# %% ../nbs/15c_report.ipynb #c015
+# %% ../nbs/15c_report.ipynb #c018
 def tiles(
     values:dict, # Name → value
 )->str:          # HTML
     "A row of large numbers."
-    return '<div class=tiles>' + ''.join(f'<div><b>{words(show_value(v))}</b><span>{words(k)}</span></div>' for k, v in values.items()) + '</div>'
+    each = [f'<div><b>{words(show_value(v))}</b><span>{words(k)}</span></div>' for k, v in values.items()]
+    return '<div class=tiles>' + ''.join(each) + '</div>'
 
-# %% ../nbs/15c_report.ipynb #c018
+# %% ../nbs/15c_report.ipynb #c021
 def picture(
-    source,           # Matplotlib figure, or the path of a png, jpg, gif, svg or mp4 file
+    source:object,    # Matplotlib figure, or the path of a png, jpg, gif, svg or mp4 file
     caption:str = '', # Line below
 )->str:               # HTML
     "A figure or a file, inside the page."
     if hasattr(source, 'savefig'):
-        source.savefig(data := io.BytesIO(), format='png', dpi=110, bbox_inches='tight'); raw, kind = data.getvalue(), 'png'
+        source.savefig(data := io.BytesIO(), format='png', dpi=110, bbox_inches='tight')
+        raw, kind = data.getvalue(), 'png'
     else: raw, kind = Path(source).read_bytes(), Path(source).suffix[1:].lower()
     mime = {'png': 'image/png', 'jpg': 'image/jpeg', 'gif': 'image/gif', 'svg': 'image/svg+xml', 'mp4': 'video/mp4'}
     if kind not in mime: raise ValueError(f'{source}: a report takes figures and {", ".join(mime)} files, not {kind!r}')
     url = f'data:{mime[kind]};base64,{base64.b64encode(raw).decode()}'
-    tag = f'<video src="{url}" autoplay loop muted playsinline controls></video>' if kind == 'mp4' else f'<img src="{url}" alt="{html.escape(caption)}">'
+    tag = f'<img src="{url}" alt="{html.escape(caption)}">'
+    if kind == 'mp4': tag = f'<video src="{url}" autoplay loop muted playsinline controls></video>'
     return f'<figure>{tag}<figcaption>{words(caption)}</figcaption></figure>'
 
-# %% ../nbs/15c_report.ipynb #c021
+# %% ../nbs/15c_report.ipynb #c025
 def side_by_side(
     *blocks:str, # HTML of pictures
 )->str:          # HTML
     "Blocks in a row, as many as fit."
     return '<div class=row>' + '\n'.join(blocks) + '</div>'
 
-# %% ../nbs/15c_report.ipynb #c022
+# %% ../nbs/15c_report.ipynb #c027
 def section(
     title:str,   # Heading
     *blocks:str, # HTML of words, tables, pictures
@@ -91,26 +96,44 @@ def section(
     name = re.sub(r'\W+', '-', title.lower()).strip('-')
     return f'<section id="{name}"><h2>{words(title)}</h2>\n' + '\n'.join(blocks) + '\n</section>'
 
-# %% ../nbs/15c_report.ipynb #c025
+# %% ../nbs/15c_report.ipynb #c030
 STYLE = """
-:root { --ink: #1d2430; --soft: #5b6675; --line: #e1e5eb; --page: #fff; --card: #f6f8fa; --mark: #0b6e99; color-scheme: light dark }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ee; --soft: #9aa5b4; --line: #333b47; --page: #14181e; --card: #1d232b; --mark: #6cc0e5 } }
-* { box-sizing: border-box } body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.6 system-ui, sans-serif }
-main { max-width: 60rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem } h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .75rem }
-header { border-bottom: 1px solid var(--line); padding-bottom: 1rem } header p { font-size: 1.1rem; color: var(--soft); margin: .5rem 0; max-width: 46rem }
-nav { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; margin-top: 1rem; font-size: .9rem } a { color: var(--mark); text-decoration: none } a:hover { text-decoration: underline }
-h2 { font-size: 1.3rem; margin: 2.5rem 0 .75rem } p { max-width: 46rem } code { background: var(--card); padding: .1em .35em; border-radius: 4px; font-size: .88em }
-figure { margin: 1.25rem 0 } figcaption { color: var(--soft); font-size: .88rem; margin-top: .4rem; max-width: 46rem }
-img, video { display: block; max-width: 100%; background: #fff; border: 1px solid var(--line); border-radius: 6px } video { width: 24rem }
-.t div { overflow-x: auto } table { border-collapse: collapse; font-size: .92rem } th { text-align: left; color: var(--soft); font-weight: 600 }
-th, td { padding: .4rem 1.1rem .4rem 0; border-bottom: 1px solid var(--line); vertical-align: top } .n { font-variant-numeric: tabular-nums; white-space: nowrap }
+:root { --ink: #1d2430; --soft: #5b6675; --line: #e1e5eb; --page: #fff; --card: #f6f8fa; --mark: #0b6e99 }
+:root { color-scheme: light dark }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e8ee; --soft: #9aa5b4; --line: #333b47; --page: #14181e; --card: #1d232b; --mark: #6cc0e5 }
+}
+* { box-sizing: border-box }
+body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.6 system-ui, sans-serif }
+main { max-width: 60rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem }
+h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .75rem }
+h2 { font-size: 1.3rem; margin: 2.5rem 0 .75rem }
+p, figcaption { max-width: 46rem }
+header { border-bottom: 1px solid var(--line); padding-bottom: 1rem }
+header p { font-size: 1.1rem; color: var(--soft); margin: .5rem 0 }
+nav { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; margin-top: 1rem; font-size: .9rem }
+a { color: var(--mark); text-decoration: none }
+a:hover { text-decoration: underline }
+code { background: var(--card); padding: .1em .35em; border-radius: 4px; font-size: .88em }
+figure { margin: 1.25rem 0 }
+figcaption { color: var(--soft); font-size: .88rem; margin-top: .4rem }
+img, video { display: block; max-width: 100%; background: #fff; border: 1px solid var(--line); border-radius: 6px }
+video { width: 24rem }
+.t div { overflow-x: auto }
+table { border-collapse: collapse; font-size: .92rem }
+th, td { padding: .4rem 1.1rem .4rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
+th { text-align: left; color: var(--soft); font-weight: 600 }
+.n { font-variant-numeric: tabular-nums; white-space: nowrap }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); gap: .75rem; margin: 1.25rem 0 }
-.tiles div { background: var(--card); border-radius: 8px; padding: .8rem 1rem } .tiles b { display: block; font-size: 1.5rem; line-height: 1.3; color: var(--mark) }
-.tiles span { color: var(--soft); font-size: .88rem } .row { display: flex; flex-wrap: wrap; gap: 0 1rem } .row figure { flex: 1 1 14rem; margin: .6rem 0; max-width: 24rem }
+.tiles div { background: var(--card); border-radius: 8px; padding: .8rem 1rem }
+.tiles b { display: block; font-size: 1.5rem; line-height: 1.3; color: var(--mark) }
+.tiles span { color: var(--soft); font-size: .88rem }
+.row { display: flex; flex-wrap: wrap; gap: 0 1rem }
+.row figure { flex: 1 1 14rem; margin: .6rem 0; max-width: 24rem }
 footer { margin-top: 3rem; border-top: 1px solid var(--line); padding-top: .75rem; color: var(--soft); font-size: .85rem }
 """
 
-# %% ../nbs/15c_report.ipynb #c026
+# %% ../nbs/15c_report.ipynb #c032
 def write_report(
     run_dir:Path,    # The run's folder, or a path ending in .html
     title:str,       # Headline
@@ -119,10 +142,14 @@ def write_report(
     footer:str = '', # Last line: date, commit
 )->Path:             # The page
     "Write `report.html`: one page that needs nothing else."
-    links = ''.join(f'<a href="#{name}">{label}</a>' for name, label in re.findall(r'<section id="([^"]*)"><h2>(.*?)</h2>', '\n'.join(sections)))
-    page = (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n<body><main>\n<header><h1>{words(title)}</h1>{prose(lead)}<nav>{links}</nav></header>\n'
-        + '\n'.join(sections) + f'\n<footer>{words(footer)}</footer>\n</main></body></html>\n')
+    body = '\n'.join(sections)
+    links = re.findall(r'<section id="([^"]*)"><h2>(.*?)</h2>', body)
+    nav = ''.join(f'<a href="#{name}">{label}</a>' for name, label in links)
+    page = ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n<body><main>\n'
+        f'<header><h1>{words(title)}</h1>{prose(lead)}<nav>{nav}</nav></header>\n{body}\n'
+        f'<footer>{words(footer)}</footer>\n</main></body></html>\n')
     path = Path(run_dir) if str(run_dir).endswith('.html') else Path(run_dir)/'report.html'
     write_text(path, page)
     return path

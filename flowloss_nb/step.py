@@ -46,7 +46,8 @@ class TrainParams:
     progress:bool = True       # Show a progress bar
 
 # %% ../nbs/13c_step.ipynb #c008
-FREE = ('steps', 'cpu', 'max_skips', 'log_every', 'ratio_every', 'validate_every', 'checkpoint_every', 'keep', 'tensorboard', 'progress')
+FREE = ('steps', 'cpu', 'max_skips', 'log_every', 'ratio_every', 'validate_every', 'checkpoint_every', 'keep',
+        'tensorboard', 'progress')
 
 # %% ../nbs/13c_step.ipynb #c010
 def check_params(
@@ -60,7 +61,8 @@ def check_params(
         need(getattr(p, name) >= 1, f'{name} is {getattr(p, name)}, must be at least 1')
     for name in ('warmup', 'cosine_steps', 'weight_decay', 'ratio_every', 'validate_every'):
         need(getattr(p, name) >= 0, f'{name} is {getattr(p, name)}, must not be negative')
-    need(p.lr > 0 and p.clip_norm > 0, f'lr {p.lr} and clip_norm {p.clip_norm} must be positive; clip_norm=inf never clips')
+    need(p.lr > 0, f'lr is {p.lr}, must be positive')
+    need(p.clip_norm > 0, f'clip_norm is {p.clip_norm}, must be positive; inf never clips')
     need(0 <= p.ema < 1, f'ema is {p.ema}, must be in [0, 1)')
     need(0 <= 3*p.drop <= 1, f'drop is {p.drop}, must be in [0, 1/3]: it is the share of each of three droppings')
     need(p.mixed_precision in ('no', 'bf16'), f"mixed_precision is {p.mixed_precision!r}, must be 'no' or 'bf16' "
@@ -96,7 +98,8 @@ def draw_sigma(
     where:range,      # Places in the global batch
 )->Tensor:            # σ, (B,)
     "Noise levels of these clips in this step."
-    return torch.cat([sample_sigma(1, p.P_mean, p.P_std, generator=stream(p.seed, step, 'sigma', i)) for i in where])
+    gens = [stream(p.seed, step, 'sigma', i) for i in where]
+    return torch.cat([sample_sigma(1, p.P_mean, p.P_std, generator=g) for g in gens])
 
 # %% ../nbs/13c_step.ipynb #c023
 def draw_noise(
@@ -125,7 +128,8 @@ def learning_rate(
 )->float:          # Rate of this step
     "Linear warm-up, then constant or cosine."
     rise = min(1., step / max(p.warmup, 1))
-    return p.lr * rise * (0.5 + 0.5*math.cos(math.pi * min(1., step / p.cosine_steps)) if p.cosine_steps else 1.)
+    if not p.cosine_steps: return p.lr * rise
+    return p.lr * rise * (0.5 + 0.5*math.cos(math.pi * min(1., step / p.cosine_steps)))
 
 # %% ../nbs/13c_step.ipynb #c032
 def ema_decay(
@@ -162,7 +166,7 @@ def step_losses(
     sigma, noise = draw_sigma(p, step, where).to(z), draw_noise(p, step, where, z.shape[1:]).to(z)
     cond = core.condition(batch['prompt'], video[:, 0], first, draw_drop(p, step, where).to(z.device))
     z_hat = denoiser(z + expand(sigma, z)*noise, sigma, cond)
-    return objective(z_hat, z, batch, sigma, stream(p.seed, step, 'objective')), sigma
+    return objective(z_hat, z, batch, sigma, stream(p.seed, step, 'objective', where[0])), sigma
 
 # %% ../nbs/13c_step.ipynb #c044
 def gradient_norms(
@@ -181,7 +185,8 @@ def scalars(
     losses:dict, # What an objective returned
 )->dict:         # Name → Python number
     "What of an objective's answer is logged: every scalar but the two terms."
-    flat = {k: v.item() if isinstance(v, Tensor) and v.numel() == 1 else v for k, v in losses.items() if not k.endswith('_term')}
+    parts = {k: v for k, v in losses.items() if not k.endswith('_term')}
+    flat = {k: v.item() if isinstance(v, Tensor) and v.numel() == 1 else v for k, v in parts.items()}
     return {k: v for k, v in flat.items() if isinstance(v, (int, float))}
 
 # %% ../nbs/13c_step.ipynb #c051
@@ -189,5 +194,6 @@ def merge_scalars(
     parts:list[dict], # One dict of numbers per piece
 )->dict:              # One dict of numbers
     "Average floats over the pieces, add whole numbers."
-    total = {k: sum(part.get(k, 0) for part in parts) for k in dict.fromkeys(k for part in parts for k in part)}
+    names = dict.fromkeys(k for part in parts for k in part)
+    total = {k: sum(part.get(k, 0) for part in parts) for k in names}
     return {k: v if isinstance(v, int) else v / len(parts) for k, v in total.items()}

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['TrainState', 'load_weights', 'save_state', 'restore_state', 'begin', 'Job', 'load_batch', 'backward_piece',
-           'train_step', 'count_step', 'own_run', 'open_log', 'validation_line', 'too_many_skips', 'due', 'train',
-           'load_ema', 'step_cost']
+           'train_step', 'count_step', 'own_run', 'open_log', 'validation_line', 'too_many_skips', 'due',
+           'make_accelerator', 'progress_bar', 'train', 'load_ema', 'step_cost']
 
 # %% ../nbs/14_trainer.ipynb #c003
 import copy, math, time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from statistics import median
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
@@ -22,10 +24,10 @@ from torch.utils.data import Dataset
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 from .clips import batch_indices, take
-from .records import (append_log, cut_log, keep_params, latest_checkpoint, list_checkpoints, load_checkpoint,
-                                 lock_run, read_log, save_checkpoint)
-from .step import (FREE, TrainParams, check_params, draw_sigma, ema_decay, gradient_norms, learning_rate,
-                              merge_scalars, places, scalars, step_losses, stream, update_ema)
+from .records import append_log, cut_log, keep_params, list_checkpoints, lock_run, read_log
+from .records import latest_checkpoint, load_checkpoint, save_checkpoint
+from .step import FREE, TrainParams, check_params, draw_sigma, ema_decay, gradient_norms
+from .step import learning_rate, merge_scalars, places, scalars, step_losses, stream, update_ema
 
 # %% ../nbs/14_trainer.ipynb #c011
 @dataclass
@@ -40,9 +42,15 @@ class TrainState:
     last_finite:int = 0          # The last step whose loss and gradient were finite
     last_loss:float = 0.         # Its loss
     compute_seconds:float = 0.   # Time spent in steps, without validation, saving and gradient ratios
-    def core(self): "The denoiser without what training wraps around it."; return getattr(self.denoiser, 'module', self.denoiser)
-    def trained(self): "Trained parameters by name."; return {k: v for k, v in self.core().named_parameters() if v.requires_grad}
-    def counters(self): "The plain numbers."; return {k: v for k, v in vars(self).items() if isinstance(v, (int, float))}
+    def core(self):
+        "The denoiser without what training wraps around it."
+        return getattr(self.denoiser, 'module', self.denoiser)
+    def trained(self):
+        "Trained parameters by name."
+        return {k: v for k, v in self.core().named_parameters() if v.requires_grad}
+    def counters(self):
+        "The plain numbers."
+        return {k: v for k, v in vars(self).items() if isinstance(v, (int, float))}
 
 # %% ../nbs/14_trainer.ipynb #c013
 def load_weights(
@@ -54,7 +62,8 @@ def load_weights(
     try: module.load_state_dict(named)
     except RuntimeError as e:
         where = 'the given state dict' if isinstance(source, dict) else source
-        raise ValueError(f"the weights in {where} don't fit {type(module).__name__}: was it built with the same sizes? {e}") from None
+        raise ValueError(f"the weights in {where} don't fit {type(module).__name__}: "
+                         f"was it built with the same sizes? {e}") from None
     return module
 
 # %% ../nbs/14_trainer.ipynb #c016
@@ -80,7 +89,8 @@ def restore_state(
     for key, v in tensors['optimizer'].items():
         name, k = key.rsplit('/', 1); moments.setdefault(number[name], {})[k] = v
     load_weights(state.core(), tensors['model']); load_weights(state.ema, tensors['ema'])
-    state.optimizer.load_state_dict({'state': moments, 'param_groups': state.optimizer.state_dict()['param_groups']})
+    groups = state.optimizer.state_dict()['param_groups']
+    state.optimizer.load_state_dict({'state': moments, 'param_groups': groups})
     vars(state).update(counters)
 
 # %% ../nbs/14_trainer.ipynb #c020
@@ -96,7 +106,8 @@ def begin(
     ema = copy.deepcopy(denoiser).eval().requires_grad_(False).to(accelerator.device)
     wanted = [q for q in denoiser.parameters() if q.requires_grad]
     adam = torch.optim.AdamW(wanted, lr=p.lr, betas=(p.beta1, p.beta2), weight_decay=p.weight_decay)
-    state = TrainState(*[(m := accelerator.prepare(denoiser.train(), adam))[0], ema, m[1]])
+    denoiser, adam = accelerator.prepare(denoiser.train(), adam)
+    state = TrainState(denoiser, ema, adam)
     ema.load_state_dict(state.core().state_dict())
     if (last := latest_checkpoint(run_dir)): restore_state(state, last)
     return state
@@ -111,7 +122,9 @@ class Job:
     objective:Callable       # ẑ, z, batch, σ, generator → named losses
     clips:Dataset            # Clips to train on
     augment:Callable|None=None # batch, generators (one per clip) → batch
-    def places(self): "What this process works on."; return places(self.params, self.accelerator.process_index, self.accelerator.num_processes)
+    def places(self):
+        "What this process works on."
+        return places(self.params, self.accelerator.process_index, self.accelerator.num_processes)
 
 # %% ../nbs/14_trainer.ipynb #c028
 def load_batch(
@@ -122,7 +135,8 @@ def load_batch(
     "The clips of one piece of one step."
     p, device = job.params, job.accelerator.device
     order = batch_indices(len(job.clips), p.batch_size, step - 1, p.seed)
-    batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in take(job.clips, [order[i] for i in where]).items()}
+    batch = take(job.clips, [order[i] for i in where])
+    batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
     return job.augment(batch, [stream(p.seed, step, 'augment', i) for i in where]) if job.augment else batch
 
 # %% ../nbs/14_trainer.ipynb #c032
@@ -137,9 +151,10 @@ def backward_piece(
     "Losses of one piece, and their gradient."
     p, accelerator, norms = job.params, job.accelerator, {}
     with nullcontext() if last else accelerator.no_sync(state.denoiser):
-        losses, sigma = step_losses(state.denoiser, job.codec, job.objective, load_batch(job, step, where), p, step, where)
-        start = time.perf_counter()
-        if p.ratio_every and step % p.ratio_every == 0 and 'flow_term' in losses: norms = gradient_norms(losses, list(state.trained().values()))
+        batch = load_batch(job, step, where)
+        losses, sigma = step_losses(state.denoiser, job.codec, job.objective, batch, p, step, where)
+        start, curious = time.perf_counter(), p.ratio_every and step % p.ratio_every == 0
+        if curious and 'flow_term' in losses: norms = gradient_norms(losses, list(state.trained().values()))
         aside = time.perf_counter() - start
         accelerator.backward(losses['loss'] / pieces)
     return {'scalars': scalars(losses), 'sigma': sigma.tolist(), 'norms': norms, 'aside': aside}
@@ -150,19 +165,22 @@ def train_step(
     job:Job,          # How
 )->dict:              # The line for the log
     "One optimiser step: gradient of all pieces, clip, step, average."
-    begin, step, p, accelerator, mine = time.perf_counter(), state.step + 1, job.params, job.accelerator, job.places()
+    begin, step, p, accelerator = time.perf_counter(), state.step + 1, job.params, job.accelerator
     torch.manual_seed(stream(p.seed, step, 'layers', accelerator.process_index).initial_seed())
     for group in state.optimizer.param_groups: group['lr'] = learning_rate(step, p)
+    mine = job.places()
     pieces = [backward_piece(state, job, step, where, len(mine), where == mine[-1]) for where in mine]
     norm = float(accelerator.clip_grad_norm_(state.denoiser.parameters(), p.clip_norm))
-    told = gather_object(pieces); line = merge_scalars([t['scalars'] for t in told])
-    finite = math.isfinite(line['loss']) and math.isfinite(norm)
+    told = gather_object(pieces); parts = merge_scalars([t['scalars'] for t in told])
+    finite = math.isfinite(parts['loss']) and math.isfinite(norm)
     if finite: state.optimizer.step(); update_ema(state.ema, state.core(), ema_decay(step, p.ema))
-    state.optimizer.zero_grad(); count_step(state, finite, line['loss'])
-    seconds = time.perf_counter() - begin - sum(t['aside'] for t in pieces); state.compute_seconds += seconds
+    state.optimizer.zero_grad(); count_step(state, finite, parts['loss'])
+    seconds = time.perf_counter() - begin - sum(t['aside'] for t in pieces)
+    state.compute_seconds += seconds
     sigma = [s for t in told for s in t['sigma']]
-    return {'kind': 'train', 'step': step, **line, 'sigma': sigma, 'sigma_mean': sum(sigma)/len(sigma), 'lr': learning_rate(step, p), 'grad_norm': norm,
-            'skipped': not finite, 'seconds': seconds, 'compute_seconds': state.compute_seconds, **next((t['norms'] for t in told if t['norms']), {})}
+    return {'kind': 'train', 'step': step, **parts, 'sigma': sigma, 'sigma_mean': sum(sigma)/len(sigma),
+            'lr': learning_rate(step, p), 'grad_norm': norm, 'skipped': not finite, 'seconds': seconds,
+            'compute_seconds': state.compute_seconds, **next(filter(None, (t['norms'] for t in told)), {})}
 
 # %% ../nbs/14_trainer.ipynb #c036
 def count_step(
@@ -199,11 +217,12 @@ def open_log(
     "Where the run's lines go."
     if not job.accelerator.is_main_process: yield lambda line: None; return
     cut_log(Path(run_dir)/'log.jsonl', step)
-    board = SummaryWriter(Path(run_dir)/'tensorboard', purge_step=step + 1) if job.params.tensorboard else None
+    wanted = job.params.tensorboard
+    board = SummaryWriter(Path(run_dir)/'tensorboard', purge_step=step + 1) if wanted else None
     def tell(line):
         append_log(Path(run_dir)/'log.jsonl', line)
-        for k, v in line.items():
-            if board and isinstance(v, (int, float)) and k != 'step': board.add_scalar(f"{line['kind']}/{k}", v, line['step'])
+        drawn = {k: v for k, v in line.items() if isinstance(v, (int, float)) and k != 'step'} if board else {}
+        for k, v in drawn.items(): board.add_scalar(f"{line['kind']}/{k}", v, line['step'])
     try: yield tell
     finally: board and board.close()
 
@@ -213,8 +232,8 @@ def validation_line(
     validate:Callable, # averaged denoiser, step → dict of numbers
 )->dict:              # A line for the log
     "Ask `validate` for numbers, without a trace in training."
-    with torch.no_grad(), torch.random.fork_rng():
-        return {'kind': 'validation', 'step': state.step, 'compute_seconds': state.compute_seconds, **validate(state.ema, state.step)}
+    with torch.no_grad(), torch.random.fork_rng(): told = validate(state.ema, state.step)
+    return {'kind': 'validation', 'step': state.step, 'compute_seconds': state.compute_seconds, **told}
 
 # %% ../nbs/14_trainer.ipynb #c051
 def too_many_skips(
@@ -223,10 +242,11 @@ def too_many_skips(
 )->FloatingPointError: # An error to raise
     "Say that training has broken down, and what to try."
     last = latest_checkpoint(run_dir)
-    return FloatingPointError(f'stopped at step {state.step}: loss or gradient was not finite {state.in_a_row} steps in a row '
-        f'({state.skipped} in all); last finite: step {state.last_finite}, loss {state.last_loss:.4g}. '
-        f"{f'{last} holds the weights of step {int(last.name[5:])}. ' if last else ''}Try, in a new folder: a smaller lr, "
-        "a longer warmup, mixed_precision='no', a σ floor in the flow gate, or clips without broken values")
+    saved = f'{last} holds the weights of step {int(last.name[5:])}. ' if last else ''
+    return FloatingPointError(f'stopped at step {state.step}: loss or gradient was not finite {state.in_a_row} steps '
+        f'in a row ({state.skipped} in all); last finite: step {state.last_finite}, loss {state.last_loss:.4g}. {saved}'
+        "Try, in a new folder: a smaller lr, a longer warmup, mixed_precision='no', a σ floor in the flow gate, "
+        'or clips without broken values')
 
 # %% ../nbs/14_trainer.ipynb #c054
 def due(
@@ -238,51 +258,69 @@ def due(
     return bool(every) and (step % every == 0 or step == steps)
 
 # %% ../nbs/14_trainer.ipynb #c057
+def make_accelerator(
+    p:TrainParams, # `cpu`, `mixed_precision`
+)->Accelerator:    # Knows the device and the other processes
+    "Where training runs; refuses parameters that don't fit it."
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True) # a dropped condition's layers get no gradient
+    accelerator = Accelerator(cpu=p.cpu, mixed_precision=p.mixed_precision, kwargs_handlers=[unused])
+    check_params(p, accelerator.num_processes)
+    return accelerator
+
+# %% ../nbs/14_trainer.ipynb #c059
+def progress_bar(
+    state:TrainState, # Where it goes on from
+    job:Job,          # Steps in all, and whether to show a bar
+)->tqdm:              # The steps still to do, counted from 1
+    "The steps to do, with a bar."
+    hidden = not (job.params.progress and job.accelerator.is_main_process)
+    todo = range(state.step + 1, job.params.steps + 1)
+    return tqdm(todo, initial=state.step, total=job.params.steps, disable=hidden, dynamic_ncols=True)
+
+# %% ../nbs/14_trainer.ipynb #c062
 def train(
     params:TrainParams,   # The run's plain values
     run_dir:Path,         # Its folder; if a part of the run is there, it goes on from the newest checkpoint
     denoiser:nn.Module,   # Trained in place
     codec:nn.Module,      # Frozen: pixels ↔ latents
-    objective:Callable,   # ẑ, z, batch, σ, generator → named losses; its own modules must already be on the device
+    objective:Callable,   # ẑ, z, batch, σ, generator → named losses; has its own modules on the device
     clips:Dataset,        # Clips to train on
     validate:Callable|None=None, # averaged denoiser, step → dict of numbers for the log
     init:dict|Path|None=None, # Weights to start from: state dict or safetensors file
-    about:dict|None=None, # Other plain values that make the run what it is (objective, data); compared on resume
+    about:dict|None=None, # Other plain values that make the run what it is; compared on resume
     augment:Callable|None=None, # batch, generators (one per clip) → batch
 )->TrainState:            # The trained state
     "Train `denoiser`, or go on training it."
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True) # a dropped condition leaves its layers without gradient
-    accelerator = Accelerator(cpu=params.cpu, mixed_precision=params.mixed_precision, kwargs_handlers=[unused])
-    check_params(params, accelerator.num_processes)
-    job, first = Job(params, accelerator, codec.to(accelerator.device), objective, clips, augment), accelerator.is_main_process
+    accelerator, p = make_accelerator(params), params
+    job, first = Job(p, accelerator, codec.to(accelerator.device), objective, clips, augment), accelerator.is_main_process
     with own_run(job, run_dir, {**(about or {}), 'clips': len(clips)}):
-        state = begin(params, run_dir, denoiser, accelerator, init)
-        bar = tqdm(range(state.step, params.steps), initial=state.step, total=params.steps, disable=not (params.progress and first))
+        state = begin(p, run_dir, denoiser, accelerator, init)
         with open_log(job, run_dir, state.step) as tell:
-            for step in bar:
-                line = train_step(state, job)
-                if due(state.step, params.log_every, params.steps) or line['skipped'] or 'ratio' in line: tell(line)
-                if state.in_a_row >= params.max_skips: raise too_many_skips(state, run_dir)
-                if first and validate and due(state.step, params.validate_every, params.steps): tell(validation_line(state, validate))
-                if first and due(state.step, params.checkpoint_every, params.steps): save_state(state, run_dir, params.keep)
+            for step in progress_bar(state, job):
+                line, now = train_step(state, job), partial(due, step, steps=p.steps)
+                if now(p.log_every) or line['skipped'] or 'ratio' in line: tell(line)
+                if state.in_a_row >= p.max_skips: raise too_many_skips(state, run_dir)
+                if first and validate and now(p.validate_every): tell(validation_line(state, validate))
+                if first and now(p.checkpoint_every): save_state(state, run_dir, p.keep)
     return state
 
-# %% ../nbs/14_trainer.ipynb #c069
+# %% ../nbs/14_trainer.ipynb #c074
 def load_ema(
     denoiser:nn.Module, # Built with the same sizes; gets the weights
     run_dir:Path,       # A run's folder
 )->nn.Module:           # The same denoiser, in evaluation mode
     "Load the averaged weights of a run's newest checkpoint."
     last = latest_checkpoint(run_dir)
-    if last is None: raise FileNotFoundError(f'no checkpoint in {run_dir}: has the run got as far as its first one?')
+    if last is None: raise FileNotFoundError(f'no checkpoint in {run_dir}: has the run got as far as the first?')
     return load_weights(denoiser, last/'ema.safetensors').eval()
 
-# %% ../nbs/14_trainer.ipynb #c072
+# %% ../nbs/14_trainer.ipynb #c077
 def step_cost(
     lines:list[dict], # A log's lines of kind 'train'
-)->dict:              # Seconds: 'open', 'closed' (medians, None without such steps), 'mean'; 'share_open' of the steps
+)->dict:              # Seconds 'open' and 'closed' (medians, None without such steps), 'mean'; 'share_open'
     "Time of steps with and without an open gate; the first step, which warms up, is left out."
     lines = [l for l in lines if l['step'] > 1]
-    halves = [[l['seconds'] for l in lines if bool(l.get('open')) == side] for side in (True, False)]
-    open, closed = [sorted(h)[len(h)//2] if h else None for h in halves]
-    return {'open': open, 'closed': closed, 'mean': sum(sum(h) for h in halves)/max(len(lines), 1), 'share_open': len(halves[0])/max(len(lines), 1)}
+    open, closed = ([l['seconds'] for l in lines if bool(l.get('open')) == side] for side in (True, False))
+    middle = lambda seconds: median(seconds) if seconds else None
+    share, mean = (len(open) / len(lines), sum(open + closed) / len(lines)) if lines else (None, None)
+    return {'open': middle(open), 'closed': middle(closed), 'mean': mean, 'share_open': share}

@@ -25,7 +25,8 @@ def fixed_noise(
     what:str='noise', # What for; another word, other noise
 )->Tensor:            # Unit noise like `like`
     "Noise of these clips: the same at every call and on every device."
-    return torch.stack([torch.randn(like.shape[1:], generator=stream(seed, 0, f'{what} {name}')) for name in names]).to(like)
+    gens = [stream(seed, 0, f'{what} {name}') for name in names]
+    return torch.stack([torch.randn(like.shape[1:], generator=g) for g in gens]).to(like)
 
 # %% ../nbs/15b_validation.ipynb #c009
 def denoiser_for(
@@ -37,7 +38,8 @@ def denoiser_for(
     "The denoiser of these clips."
     first = batch['video'][:, 0]
     drop = torch.zeros(len(first), dtype=torch.long, device=first.device)
-    conds = [denoiser.condition(batch['prompt'], first, codec.encode_first(first), drop + d) for d in (0, 2)[:1 + (guidance != 1)]]
+    codes = (0, 2) if guidance != 1 else (0,)
+    conds = [denoiser.condition(batch['prompt'], first, codec.encode_first(first), drop + d) for d in codes]
     known, *null = [lambda x, sigma, cond=cond: denoiser(x, sigma, cond) for cond in conds]
     return guide(known, null[0], guidance) if null else known
 
@@ -53,7 +55,8 @@ def denoise_clips(
     "Put noise of level σ on clips, and denoise them in one evaluation."
     z, first = codec.encode(batch['video']), batch['video'][:, 0]
     level = torch.full((len(z),), float(sigma)).to(z)
-    return codec.decode(denoiser_for(denoiser, codec, batch)(z + expand(level, z)*fixed_noise(z, batch['id'], seed), level), first)
+    x = z + expand(level, z)*fixed_noise(z, batch['id'], seed)
+    return codec.decode(denoiser_for(denoiser, codec, batch)(x, level), first)
 
 # %% ../nbs/15b_validation.ipynb #c013
 @torch.no_grad()
@@ -71,7 +74,8 @@ def sample_clips(
     "Draw clips from noise, given frame 0 and the prompt."
     first, sigmas = batch['video'][:, 0], sigma_schedule(steps, sigma_min, sigma_max)
     like = codec.encode(batch['video'][:, :1].expand_as(batch['video'])) # only its shape
-    z = sample(denoiser_for(denoiser, codec, batch, guidance), float(sigmas[0])*fixed_noise(like, batch['id'], seed, 'sample'), sigmas, order)
+    x = float(sigmas[0])*fixed_noise(like, batch['id'], seed, 'sample')
+    z = sample(denoiser_for(denoiser, codec, batch, guidance), x, sigmas, order)
     return codec.decode(z.to(like), first)
 
 # %% ../nbs/15b_validation.ipynb #c020
@@ -83,9 +87,10 @@ def save_samples(
 )->Path:             # The folder
     "Samples beside the true clips: one mp4 each, and a contact sheet."
     folder, y, y_hat = Path(folder), batch['video'].cpu(), y_hat.cpu()
-    for name, true, drawn in zip(batch['id'], y, y_hat): write_video(folder/f"{name.replace('/', '_')}.mp4", torch.cat([true, drawn], -1))
-    rows = [(v, f'{prompt} · {who}') for i, prompt in enumerate(batch['prompt'][:sheet]) for v, who in ((y[i], 'true'), (y_hat[i], 'sampled'))]
-    fig = contact_sheet(*zip(*rows))
+    for name, true, drawn in zip(batch['id'], y, y_hat):
+        write_video(folder/f"{name.replace('/', '_')}.mp4", torch.cat([true, drawn], -1))
+    titles = [f'{prompt} · {who}' for prompt in batch['prompt'][:sheet] for who in ('true', 'sampled')]
+    fig = contact_sheet([v for pair in zip(y[:sheet], y_hat) for v in pair], titles)
     with atomic_path(folder/'sheet.png') as path: fig.savefig(path)
     plt.close(fig)
     return folder
@@ -100,7 +105,8 @@ def measure(
     known:list|None=None,    # F(y) of each batch, if there already
 )->dict[str, float]:         # 'name/measure' → mean over all clips
     "Means of every measure over several batches, as flat numbers for a log."
-    told = [clip_measures(y_hat, b, estimator, judge, f) for y_hat, b, f in zip(drawn, batches, known or [None]*len(batches))]
+    known = known or [None]*len(batches)
+    told = [clip_measures(y_hat, b, estimator, judge, f) for y_hat, b, f in zip(drawn, batches, known)]
     merged = {k: torch.cat([t[k] for t in told]) for k in told[0]}
     return {f'{name}/{k}': v['mean'] for k, v in summarise(merged).items()}
 
@@ -133,8 +139,10 @@ def make_validation(
     def validate(denoiser, step):
         place(batches, next(denoiser.parameters()).device)
         if estimator and not known: known.extend(estimator(b['video']) for b in batches)
-        if not basis: basis.update(judged(map(copy_first, batches), 'copy') | judged([b['video'] for b in batches], 'floor'))
-        out = {k: v for k, v in basis.items() if not k.startswith('floor') or 'epe' in k}
+        if not basis:
+            floor = judged([b['video'] for b in batches], 'floor')
+            basis.update(judged(map(copy_first, batches), 'copy') | {k: v for k, v in floor.items() if 'epe' in k})
+        out = dict(basis)
         for s in sigmas: out |= judged([denoise_clips(denoiser, codec, b, s, seed) for b in batches], f'denoise/{s:g}')
         if not steps: return out
         drawn = [sample_clips(denoiser, codec, b, steps, seed, sigma_max=sigma_max) for b in batches]
