@@ -7,6 +7,7 @@ __all__ = ['small_unet', 'Denoiser', 'small_denoiser', 'generate']
 
 # %% ../nbs/13_denoiser.ipynb #c003
 from collections.abc import Callable
+from functools import partial
 import torch
 from diffusers import UNetSpatioTemporalConditionModel
 from torch import Tensor, nn
@@ -46,11 +47,9 @@ class Denoiser(nn.Module):
         self.unet, self.text, self.image, self.gain, self.pooled = unet, text, image, gain, None
         blocks = [b for level in (*unet.down_blocks, unet.mid_block, *unet.up_blocks) for b in level.resnets]
         self.film = nn.ModuleList(FiLM(film, b.spatial_res_block.out_channels) for b in blocks if film)
-        for film_, block in zip(self.film, blocks): block.register_forward_hook(self.modulate(film_))
+        for film_, block in zip(self.film, blocks): block.register_forward_hook(partial(self.modulate, film_))
 
-    def modulate(self, film):
-        def hook(block, inputs, h): return film(h, self.pooled.repeat_interleave(len(h)//len(self.pooled), 0))
-        return hook
+    def modulate(self, film, block, inputs, h): return film(h, self.pooled.repeat_interleave(len(h)//len(self.pooled), 0))
 
     def condition(self, prompt, first, first_latent, drop=None):
         tokens, pooled = self.text(prompt)
@@ -62,7 +61,7 @@ class Denoiser(nn.Module):
     def raw(self, u, c, cond):
         self.pooled, T = cond['pooled'], u.shape[1]
         seen = torch.cat([u, cond['first'][:, None].expand(-1, T, -1, -1, -1)], 2)
-        out = self.unet(seen, c, cond['tokens'], u.new_zeros(len(u), 3)).sample
+        out, self.pooled = self.unet(seen, c, cond['tokens'], u.new_zeros(len(u), 3)).sample, None
         if not self.gain: return out
         offset, gain = out.chunk(2, 2)
         return offset + gain*u
@@ -85,7 +84,7 @@ def small_denoiser(
         unet = small_unet(channels + first_channels, channels*(1 + gain), widths, attends, layers)
         return Denoiser(unet, text, ImageToken(first_channels, 64), gain, 64 if film else None)
 
-# %% ../nbs/13_denoiser.ipynb #c020
+# %% ../nbs/13_denoiser.ipynb #c022
 @torch.no_grad()
 def generate(
     denoiser:Denoiser,              # D

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from .clips import check_video, to_uint8
-from .flow import chain_flow, consistency_visible, epe, moving
+from .clips import check_video, take, to_uint8
+from .flow import chain_flow, consistency_visible, epe, moving, warp
 from .raft import RAFT, check_frames, refine
 
 # %% ../nbs/09_estimators.ipynb #c006
@@ -151,8 +151,9 @@ def dis_chained(
     for frames in to_uint8(video).cpu().numpy():
         grey = [cv2.cvtColor(f, cv2.COLOR_RGB2GRAY) for f in frames]
         there, back = chain_flow(dis_steps(grey)), dis_steps(grey[::-1]).flip(0)
-        backs = torch.stack([chain_flow(back[:t].flip(0))[-1] for t in range(1, len(grey))])
-        flows.append(there); seen.append(consistency_visible(there, backs))
+        home = [back[:1]]
+        for step in back[1:, None]: home.append(step + warp(home[-1], step))
+        flows.append(there); seen.append(consistency_visible(there, torch.cat(home)))
     each = torch.arange(len(video))[:, None]
     return torch.stack(flows)[each, targets.cpu() - 1].to(video), torch.stack(seen)[each, targets.cpu() - 1].to(video)
 

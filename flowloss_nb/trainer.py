@@ -122,6 +122,7 @@ class Job:
     objective:Callable       # ẑ, z, batch, σ, generator → named losses
     clips:Dataset            # Clips to train on
     augment:Callable|None=None # batch, generators (one per clip) → batch
+    losses:Callable=step_losses # What one piece of a step is; another kind of model brings its own
     def places(self):
         "What this process works on."
         return places(self.params, self.accelerator.process_index, self.accelerator.num_processes)
@@ -152,7 +153,7 @@ def backward_piece(
     p, accelerator, norms = job.params, job.accelerator, {}
     with nullcontext() if last else accelerator.no_sync(state.denoiser):
         batch = load_batch(job, step, where)
-        losses, sigma = step_losses(state.denoiser, job.codec, job.objective, batch, p, step, where)
+        losses, sigma = job.losses(state.denoiser, job.codec, job.objective, batch, p, step, where)
         start, curious = time.perf_counter(), p.ratio_every and step % p.ratio_every == 0
         if curious and 'flow_term' in losses: norms = gradient_norms(losses, list(state.trained().values()))
         aside = time.perf_counter() - start
@@ -178,7 +179,7 @@ def train_step(
     seconds = time.perf_counter() - begin - sum(t['aside'] for t in pieces)
     state.compute_seconds += seconds
     sigma = [s for t in told for s in t['sigma']]
-    return {'kind': 'train', 'step': step, **parts, 'sigma': sigma, 'sigma_mean': sum(sigma)/len(sigma),
+    return {'kind': 'train', 'step': step, **parts, 'sigma': sigma, 'sigma_mean': sum(sigma)/max(len(sigma), 1),
             'lr': learning_rate(step, p), 'grad_norm': norm, 'skipped': not finite, 'seconds': seconds,
             'compute_seconds': state.compute_seconds, **next(filter(None, (t['norms'] for t in told)), {})}
 
@@ -282,17 +283,19 @@ def train(
     params:TrainParams,   # The run's plain values
     run_dir:Path,         # Its folder; if a part of the run is there, it goes on from the newest checkpoint
     denoiser:nn.Module,   # Trained in place
-    codec:nn.Module,      # Frozen: pixels ↔ latents
+    codec:nn.Module|None, # Frozen: pixels ↔ latents
     objective:Callable,   # ẑ, z, batch, σ, generator → named losses; has its own modules on the device
     clips:Dataset,        # Clips to train on
     validate:Callable|None=None, # averaged denoiser, step → dict of numbers for the log
     init:dict|Path|None=None, # Weights to start from: state dict or safetensors file
     about:dict|None=None, # Other plain values that make the run what it is; compared on resume
     augment:Callable|None=None, # batch, generators (one per clip) → batch
+    losses:Callable=step_losses, # Of one piece; another kind of model brings its own, and may need no codec
 )->TrainState:            # The trained state
     "Train `denoiser`, or go on training it."
     accelerator, p = make_accelerator(params), params
-    job, first = Job(p, accelerator, codec.to(accelerator.device), objective, clips, augment), accelerator.is_main_process
+    first, codec = accelerator.is_main_process, codec and codec.to(accelerator.device)
+    job = Job(p, accelerator, codec, objective, clips, augment, losses)
     with own_run(job, run_dir, {**(about or {}), 'clips': len(clips)}):
         state = begin(p, run_dir, denoiser, accelerator, init)
         with open_log(job, run_dir, state.step) as tell:

@@ -7,7 +7,7 @@ from notebooks import NBS, ROOT, cells, code, copy_project, imported, module, na
 LIBRARY = [n for n in notebooks() if n.parent == NBS and n.stem != 'index']
 EXPERIMENTS = [n for n in notebooks() if n.parent.name == 'experiments']
 SECONDS = 300  # a library notebook is meant to take 20; this bound is for slow machines and hung ones
-RENDERS = {'02b_simulator'}  # these draw with MuJoCo
+RENDERS = {'02a_world', '02b_simulator'}  # these draw with MuJoCo
 
 def renders() -> bool:
     return all(ctypes.util.find_library(lib) for lib in ('EGL', 'OpenGL'))
