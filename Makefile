@@ -6,7 +6,7 @@ UV     ?= $(BIN)/uv
 CORES  := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 JOBS   ?= $(shell [ $(CORES) -gt 4 ] && echo 4 || echo $(CORES))
 RUN    ?= runs/compare
-P      ?=
+P      ?= -f nbs/experiments/compare_small.yaml
 T      ?=
 export PATH := $(BIN):$(PATH)
 

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from .clips import check_video, take, to_uint8
 from .flow import chain_flow, consistency_visible, epe, moving, warp
-from .raft import RAFT, check_frames, refine
+from .raft import RAFT, check_frames, refine, source_context
 
 # %% ../nbs/09_estimators.ipynb #c006
 def target_frames(
@@ -48,7 +48,7 @@ class RaftEstimator(nn.Module):
         targets = target_frames(video, targets)
         (B, K), net, each = targets.shape, self.net, torch.arange(len(video), device=video.device)[:, None]
         source, target = video[:, 0], video[each, targets].flatten(0, 1)
-        f1, context = (x.repeat_interleave(K, 0) for x in (net.fnet(source), net.cnet(source)))
+        f1, context = (x.repeat_interleave(K, 0) for x in (net.fnet(source), source_context(net, source)))
         out = refine(net, f1, net.fnet(target), context, detach=self.detach)
         return out['flow'].unflatten(0, (B, K)), out['visible'].unflatten(0, (B, K))
 

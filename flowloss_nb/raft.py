@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['dot_estimator', 'dot_refiner', 'small_raft', 'conv', 'ResidualBlock', 'Encoder', 'correlation_pyramid', 'lookup',
            'softmax_match', 'MotionEncoder', 'SepConvGRU', 'Head', 'UpdateBlock', 'convex_upsample', 'RAFT',
-           'check_frames', 'refine', 'draw_update', 'pair_flow']
+           'check_frames', 'source_context', 'refine', 'draw_update', 'pair_flow']
 
 # %% ../nbs/06_raft.ipynb #c003
 import math
@@ -169,9 +169,11 @@ class UpdateBlock(nn.Module):
         heads:int,          # Width of the heads
         patch:int,          # P: upsampling weights are 9·P² a cell
         visibility:bool,    # With visibility heads
+        masks:int,          # Width of the upsampling heads
+        pixels:int=0,       # Channels of the source's pixels that the upsampling heads see
     ):
         super().__init__()
-        mask = lambda: nn.Sequential(conv(hidden, heads), nn.ReLU(), conv(heads, 9*patch**2, 1))
+        mask = lambda: nn.Sequential(conv(hidden + pixels, masks), nn.ReLU(), conv(masks, 9*patch**2, 1))
         self.encoder = MotionEncoder(n_cost, n_state, motion, widths)
         self.gru = SepConvGRU(hidden, context + motion)
         self.flow_head, self.mask = Head(hidden, heads, 2), mask()
@@ -206,22 +208,24 @@ class RAFT(nn.Module):
         radius:int=4,                               # Look-up radius
         motion:int=128,                             # Motion features
         motion_widths:tuple=(256, 192, 128, 64),    # Inside the motion encoder
-        heads:int=256,                              # Width of the heads
+        heads:int=256,                              # Width of the heads that correct flow and visibility
+        masks:int=256,                              # Width of the heads that upsample
         updates:int=4,                              # Recurrent steps
         visibility:bool=True,                       # Predict visibility
         matching:bool=False,                        # Our branch: feed the global softmax match
+        edges:bool=False,                           # Our branch: the upsampling sees the source's pixels
         visible_start:float=1.,                     # Visibility before the first update, in (0, 1]
         context_widths:tuple|None=None,             # Encoder stages of the context; default as `widths`
         context_norm:type=nn.InstanceNorm2d,        # DOT's estimator uses `nn.BatchNorm2d`
     ):
         super().__init__()
         self.patch, self.levels, self.radius, self.updates = math.prod(strides), levels, radius, updates
-        self.hidden, self.visibility, self.visible_start = hidden, visibility, visible_start
+        self.hidden, self.visibility, self.visible_start, self.edges = hidden, visibility, visible_start, edges
         self.fnet = Encoder(widths, dim, strides)
         self.cnet = Encoder(context_widths or widths, hidden + context, strides, context_norm)
         n_state = 2 + visibility*(1 + 2*(not matching)) + 3*matching
         self.update_block = UpdateBlock(levels*(2*radius + 1)**2, n_state, hidden, context, motion,
-            motion_widths, heads, self.patch, visibility)
+            motion_widths, heads, self.patch, visibility, masks, 3*self.patch**2*edges)
         self.log_temperature = nn.Parameter(torch.tensor(1.)) if matching else None
 
 # %% ../nbs/06_raft.ipynb #c038
@@ -236,12 +240,21 @@ def check_frames(
         raise ValueError(f'frames of {tuple(frame.shape[-2:])}: each side must be a multiple of {P} and at least {least}; '
                          f'resize or pad the clip first')
 
-# %% ../nbs/06_raft.ipynb #c039
+# %% ../nbs/06_raft.ipynb #c040
+def source_context(
+    net:RAFT,       # The network
+    source:Tensor,  # Frame 0 `(B,3,H,W)` in [-1, 1]
+)->Tensor:          # `(B,hidden+context,h,w)`, with `edges` and 3P² channels of pixels
+    "What the recurrence is told of the source besides matching features."
+    context = net.cnet(source)
+    return torch.cat([context, F.pixel_unshuffle(source, net.patch)], 1) if net.edges else context
+
+# %% ../nbs/06_raft.ipynb #c041
 def refine(
     net:RAFT,                       # The network
     f1:Tensor,                      # Source features `(B,D,h,w)`, from `net.fnet`
     f2:Tensor,                      # Target features `(B,D,h,w)`
-    context:Tensor,                 # Of the source `(B,hidden+context,h,w)`, from `net.cnet`
+    context:Tensor,                 # Of the source `(B,·,h,w)`, from `source_context`
     flow:Tensor|None=None,          # Coarse flow to start from `(B,2,h,w)` in cells; default 0
     visible:Tensor|None=None,       # Coarse visibility to start from `(B,1,h,w)` in [0, 1]
     detach:bool=True,               # Truncated gradient (RAFT's); False: the full one
@@ -252,6 +265,7 @@ def refine(
     here, pyramid = grid(h, w, f1), correlation_pyramid(f1, f2, net.levels)
     match, log_pi = (softmax_match(pyramid[0], net.log_temperature.exp(), B) if net.log_temperature is not None
                      else (f1.new_zeros(B, 2, h, w), None))
+    context, pixels = context.tensor_split([net.cnet.conv2.out_channels], 1)
     hidden, inp = context[:, :net.hidden].tanh(), context[:, net.hidden:].relu()
     flow = f1.new_zeros(B, 2, h, w) if flow is None else flow
     logit = torch.logit(f1.new_full((B, 1, h, w), net.visible_start) if visible is None else visible, 1e-5)
@@ -261,13 +275,13 @@ def refine(
         state = [flow, logit, match] if net.visibility else [flow] + [match]*(log_pi is not None)
         hidden, step, change = net.update_block(hidden, inp, lookup(pyramid, here + flow, net.radius), torch.cat(state, 1))
         flow, logit = flow + step, logit + change if net.visibility else logit
-        if every or i == net.updates - 1: draw_update(net, hidden, flow, logit, out)
+        if every or i == net.updates - 1: draw_update(net, torch.cat([hidden, pixels], 1), flow, logit, out)
     return out if every else {k: v[-1] if isinstance(v, list) and v else v for k, v in out.items()}
 
-# %% ../nbs/06_raft.ipynb #c040
+# %% ../nbs/06_raft.ipynb #c042
 def draw_update(
     net:RAFT,               # The network
-    hidden:Tensor,          # Hidden state `(B,hidden,h,w)`
+    hidden:Tensor,          # Hidden state, and the source's pixels if the network sees them `(B,·,h,w)`
     flow:Tensor,            # Coarse flow `(B,2,h,w)` in cells
     logit:Tensor,           # Coarse visibility logits `(B,1,h,w)`
     out:dict[str, list],    # Appended to: 'flow' in pixels, 'visible' as probability
@@ -278,7 +292,7 @@ def draw_update(
     if net.visibility:
         out['visible'].append(convex_upsample(logit, .25*block.alpha_mask(hidden), P)[:, 0].sigmoid())
 
-# %% ../nbs/06_raft.ipynb #c041
+# %% ../nbs/06_raft.ipynb #c043
 def pair_flow(
     net:RAFT,               # The network
     source:Tensor,          # Frame 0 `(B,3,H,W)` in [-1, 1]
@@ -287,11 +301,11 @@ def pair_flow(
 )->dict[str, Tensor]:       # As `refine`
     "Flow and visibility from `source` to `target`."
     check_frames(net, source); check_frames(net, target)
-    return refine(net, net.fnet(source), net.fnet(target), net.cnet(source), **refining)
+    return refine(net, net.fnet(source), net.fnet(target), source_context(net, source), **refining)
 
-# %% ../nbs/06_raft.ipynb #c043
+# %% ../nbs/06_raft.ipynb #c045
 dot_estimator = partial(RAFT, strides=(2, 2, 2), updates=12, visibility=False, context_norm=nn.BatchNorm2d)
 dot_refiner = partial(RAFT)
-small_raft = partial(RAFT, widths=(24, 32, 48), context_widths=(16, 24, 32), strides=(2, 2, 1), dim=96, hidden=40,
-    context=24, levels=3, radius=3, motion=40, motion_widths=(48, 40, 24, 16), heads=32, updates=3, matching=True,
-    visible_start=.9)
+small_raft = partial(RAFT, widths=(24, 32, 56), context_widths=(16, 16, 24), strides=(2, 2, 1), dim=96, hidden=36,
+    context=24, levels=3, radius=3, motion=40, motion_widths=(48, 40, 24, 16), heads=32, masks=64, updates=3,
+    matching=True, edges=True, visible_start=.9)

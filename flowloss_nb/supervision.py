@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Pairs', 'draw_pairs', 'draw_window', 'move_window', 'recolour', 'blur', 'add_noise', 'augment', 'update_losses',
-           'match_loss', 'flow_supervision']
+           'match_loss', 'flow_supervision', 'match_supervision']
 
 # %% ../nbs/06b_supervision.ipynb #c003
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor
 import torch.nn.functional as F
 from .flow import epe, grid, moving, sample_at
-from .raft import RAFT, refine
+from .raft import RAFT, correlation_pyramid, refine, softmax_match, source_context
 
 # %% ../nbs/06b_supervision.ipynb #c006
 @dataclass(frozen=True)
@@ -103,6 +103,7 @@ def add_noise(
 def augment(
     pairs:Pairs,            # As drawn
     generator:Generator,    # On the CPU
+    spoil:float=.5,         # How many pictures are blurred and noised, relative to the shares below
 )->Pairs:                   # Harder to read, still true
     "A window, other colours, blur and noise."
     (B, K), u = pairs.target.shape[:2], lambda n: 2*torch.rand(4, n, generator=generator) - 1
@@ -111,8 +112,8 @@ def augment(
     source = recolour(p.source, colours)[:, order]
     target = recolour(p.target.flatten(0, 1), colours.repeat_interleave(K, 1))[:, order]
     target = recolour(target, .15*u(B*K))
-    source = add_noise(blur(source, .15, generator), .35, .5, generator)
-    target = add_noise(blur(target, .4, generator), .5, .6, generator)
+    source = add_noise(blur(source, .15*spoil, generator), .35*spoil, .5, generator)
+    target = add_noise(blur(target, .4*spoil, generator), .5*spoil, .6, generator)
     return Pairs(source.clamp(-1.5, 1.5), target.clamp(-1.5, 1.5).unflatten(0, (B, K)), p.flow, p.visible)
 
 # %% ../nbs/06b_supervision.ipynb #c025
@@ -158,7 +159,7 @@ def flow_supervision(
     pairs:Pairs,    # Augmented or not
 )->dict[str, Tensor]:   # 'loss', and its parts to log
     "All three questions to a RAFT, about every pair."
-    f1, context = net.fnet(pairs.source), net.cnet(pairs.source)
+    f1, context = net.fnet(pairs.source), source_context(net, pairs.source)
     each = lambda x: x.repeat_interleave(pairs.target.shape[1], 0)
     out = refine(net, each(f1), net.fnet(pairs.target.flatten(0, 1)), each(context), every=True)
     flow, visible = pairs.flow.flatten(0, 1), pairs.visible.flatten(0, 1)
@@ -166,3 +167,14 @@ def flow_supervision(
     match = match_loss(out['log_pi'], flow, visible, net.patch)
     return {'loss': motion + 1.5*hidden + .5*match, 'flow': motion.detach(), 'hidden': hidden.detach(),
             'match': match.detach(), 'epe': epe(out['flow'][-1].detach(), flow).mean()}
+
+# %% ../nbs/06b_supervision.ipynb #c033
+def match_supervision(
+    net:RAFT,       # With matching
+    pairs:Pairs,    # Augmented or not
+)->dict[str, Tensor]:   # 'loss' in nats
+    "The first question alone: cheap practice for the feature encoder."
+    f1, f2 = net.fnet(pairs.source), net.fnet(pairs.target.flatten(0, 1))
+    cost = correlation_pyramid(f1.repeat_interleave(pairs.target.shape[1], 0), f2, 1)[0]
+    log_pi = softmax_match(cost, net.log_temperature.exp(), len(f2))[1]
+    return {'loss': match_loss(log_pi, pairs.flow.flatten(0, 1), pairs.visible.flatten(0, 1), net.patch)}

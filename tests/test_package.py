@@ -34,3 +34,14 @@ def test_imports_are_declared():
         tree = ast.parse(path.read_text())
         assert foreign(tree.body) <= always, f'{path.name}: {sorted(foreign(tree.body) - always)} not among the dependencies'
         assert foreign(list(ast.walk(tree))) <= always | extras, f'{path.name}: {sorted(foreign(list(ast.walk(tree))) - always - extras)} in no extra'
+
+def test_weights_have_cards():
+    "Every file of weights that ships is small and has a model card beside it: data, training, numbers, limits, licence."
+    shipped = sorted((ROOT/'flowloss_nb'/'weights').glob('*.safetensors'))
+    assert shipped, 'no weights in flowloss_nb/weights'
+    for path in shipped:
+        card = path.with_suffix('.md')
+        assert card.exists(), f'{path.name} has no model card {card.name}'
+        missing = [word for word in ('Data', 'Training', 'Measured', 'Limits', 'Licence') if f'## {word}' not in card.read_text()]
+        assert not missing, f'{card.name} has no section {missing}'
+        assert path.stat().st_size <= 8e6, f'{path.name}: {path.stat().st_size/1e6:.1f} MB'
