@@ -78,10 +78,9 @@ def paper_scale(
     size:tuple[int, int],   # Our (H, W)
     s:float=1e-6,           # The paper's s
 )->float:                   # Factor on `flow_error`, per px² of our grid
-    "s·Σ of Eq. (2) as a factor on the mean over our positions, in our pixels."
+    "s·Σ of Eq. (2) as a factor on the mean over our positions; one of our pixels² is (256/H)(384/W) of the paper's."
     H, W = size
-    if abs(H*384 - W*256) > 1e-6 * H*384: s = s * (256/H)/(384/W)
-    return s * 13*256*384 * (384/W)**2
+    return s * 13*256*384 * (256/H)*(384/W)
 
 # %% ../nbs/10_losses.ipynb #c033
 def draw_targets(

@@ -242,6 +242,8 @@ def main(
     try: run = run_notebook(a.notebook, a.run_dir, parse_params(a.pairs, a.file), a.overwrite, a.timeout, bar)
     except (ValueError, OSError, RuntimeError) as e: print(f'error: {e}', file=sys.stderr); return 1
     page = next(run/f for f in ('report.html', 'notebook.ipynb') if (run/f).exists())
+    told = json.loads((run/'metrics.json').read_text()) if (run/'metrics.json').exists() else {}
+    if told.get('rows'): print(markdown_table(told['rows']))
     print(f'done in {time.time() - start:.0f} s: {page}')
     return 0
 
