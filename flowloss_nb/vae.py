@@ -8,7 +8,7 @@ __all__ = ['Residual', 'SmallVAE', 'vae_loss', 'set_scales', 'load_vae']
 # %% ../nbs/11b_vae.ipynb #c003
 import torch
 from pathlib import Path
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
