@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from .clips import check_video, take, to_uint8
 from .flow import chain_flow, consistency_visible, epe, moving, warp
-from .raft import RAFT, check_frames, refine, source_context
+from .raft import RAFT, check_frames, refine, source_context, target_features
 
 # %% ../nbs/09_estimators.ipynb #c006
 def target_frames(
@@ -49,7 +49,7 @@ class RaftEstimator(nn.Module):
         (B, K), net, each = targets.shape, self.net, torch.arange(len(video), device=video.device)[:, None]
         source, target = video[:, 0], video[each, targets].flatten(0, 1)
         f1, context = (x.repeat_interleave(K, 0) for x in (net.fnet(source), source_context(net, source)))
-        out = refine(net, f1, net.fnet(target), context, detach=self.detach)
+        out = refine(net, f1, target_features(net, target), context, detach=self.detach)
         return out['flow'].unflatten(0, (B, K)), out['visible'].unflatten(0, (B, K))
 
 # %% ../nbs/09_estimators.ipynb #c016

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['dot_estimator', 'dot_refiner', 'small_raft', 'conv', 'ResidualBlock', 'Encoder', 'correlation_pyramid', 'lookup',
            'softmax_match', 'MotionEncoder', 'SepConvGRU', 'Head', 'UpdateBlock', 'convex_upsample', 'RAFT',
-           'check_frames', 'source_context', 'refine', 'draw_update', 'pair_flow']
+           'check_frames', 'source_context', 'target_features', 'with_pixels', 'split_pixels', 'refine', 'draw_update',
+           'pair_flow']
 
 # %% ../nbs/06_raft.ipynb #c003
 import math
@@ -97,13 +98,18 @@ def softmax_match(
     cost:Tensor,            # Level 0 of the pyramid `(B·h·w, 1, h, w)`
     temperature:Tensor,     # τ > 0
     batch:int,              # B
+    radius:int=2,           # Of the window around the best match, in cells
 )->tuple[Tensor, Tensor]:   # Displacement in cells and confidence `(B,3,h,w)`; log π `(B,h·w,h·w)`
-    "Expected displacement of the global match of every place, and how sure it is."
+    "Expected displacement around the best match of every place, and how sure it is."
     h, w = cost.shape[-2:]
     log_pi = F.log_softmax(temperature * cost.reshape(batch, h*w, h*w), -1)
-    pi, at = log_pi.exp(), grid(h, w, cost).flatten(1)
-    shift = torch.einsum('bnm,cm->bcn', pi, at) - at
-    return torch.cat([shift, pi.amax(-1)[:, None]], 1).reshape(batch, 3, h, w), log_pi
+    at = grid(h, w, cost).flatten(1)
+    best = at[:, log_pi.argmax(-1)].movedim(0, 1)
+    near = ((at[:, None] - best[..., None]).abs() <= radius).all(1)
+    pi = log_pi.exp() * near
+    sure = pi.sum(-1)[:, None]
+    shift = torch.einsum('bnm,cm->bcn', pi, at)/sure - at
+    return torch.cat([shift, sure], 1).reshape(batch, 3, h, w), log_pi
 
 # %% ../nbs/06_raft.ipynb #c025
 class MotionEncoder(nn.Module):
@@ -170,14 +176,15 @@ class UpdateBlock(nn.Module):
         patch:int,          # P: upsampling weights are 9·P² a cell
         visibility:bool,    # With visibility heads
         masks:int,          # Width of the upsampling heads
-        pixels:int=0,       # Channels of the source's pixels that the upsampling heads see
+        edges:bool=False,   # The upsampling heads see pixels, and may choose to stand still
     ):
         super().__init__()
-        mask = lambda: nn.Sequential(conv(hidden + pixels, masks), nn.ReLU(), conv(masks, 9*patch**2, 1))
+        seen = hidden + 4*patch**2*edges
+        mask = lambda n: nn.Sequential(conv(seen, masks), nn.ReLU(), conv(masks, n*patch**2, 1))
         self.encoder = MotionEncoder(n_cost, n_state, motion, widths)
-        self.gru = SepConvGRU(hidden, context + motion)
-        self.flow_head, self.mask = Head(hidden, heads, 2), mask()
-        if visibility: self.alpha_head, self.alpha_mask = Head(hidden, heads, 1), mask()
+        self.gru = SepConvGRU(hidden, context + motion + patch**2*edges)
+        self.flow_head, self.mask = Head(hidden, heads, 2), mask(9 + edges)
+        if visibility: self.alpha_head, self.alpha_mask = Head(hidden, heads, 1), mask(9)
 
     def forward(self, h, inp, cost, state):
         h = self.gru(h, torch.cat([inp, self.encoder(cost, state)], 1))
@@ -186,12 +193,12 @@ class UpdateBlock(nn.Module):
 # %% ../nbs/06_raft.ipynb #c032
 def convex_upsample(
     x:Tensor,       # Coarse field `(B,C,h,w)`
-    weight:Tensor,  # Logits `(B,9·P²,h,w)`
+    weight:Tensor,  # Logits `(B,9·P²,h,w)`, or `(B,10·P²,h,w)` to have zero as the tenth cell
     patch:int,      # P
 )->Tensor:          # Fine field `(B,C,P·h,P·w)`
     "Every fine pixel a softmax-weighted mean of the 3×3 cells around it."
     B, C, h, w = x.shape
-    weight = weight.view(B, 1, 9, patch, patch, h, w).softmax(2)
+    weight = weight.view(B, 1, -1, patch, patch, h, w).softmax(2)[:, :, :9]
     cells = F.unfold(x, 3, padding=1).view(B, C, 9, 1, 1, h, w)
     return (weight * cells).sum(2).permute(0, 1, 4, 2, 5, 3).reshape(B, C, patch*h, patch*w)
 
@@ -213,7 +220,7 @@ class RAFT(nn.Module):
         updates:int=4,                              # Recurrent steps
         visibility:bool=True,                       # Predict visibility
         matching:bool=False,                        # Our branch: feed the global softmax match
-        edges:bool=False,                           # Our branch: the upsampling sees the source's pixels
+        edges:bool=False,                           # Our branch: the upsampling sees pixels and may choose to stand still
         visible_start:float=1.,                     # Visibility before the first update, in (0, 1]
         context_widths:tuple|None=None,             # Encoder stages of the context; default as `widths`
         context_norm:type=nn.InstanceNorm2d,        # DOT's estimator uses `nn.BatchNorm2d`
@@ -225,7 +232,7 @@ class RAFT(nn.Module):
         self.cnet = Encoder(context_widths or widths, hidden + context, strides, context_norm)
         n_state = 2 + visibility*(1 + 2*(not matching)) + 3*matching
         self.update_block = UpdateBlock(levels*(2*radius + 1)**2, n_state, hidden, context, motion,
-            motion_widths, heads, self.patch, visibility, masks, 3*self.patch**2*edges)
+            motion_widths, heads, self.patch, visibility, masks, edges)
         self.log_temperature = nn.Parameter(torch.tensor(1.)) if matching else None
 
 # %% ../nbs/06_raft.ipynb #c038
@@ -246,14 +253,40 @@ def source_context(
     source:Tensor,  # Frame 0 `(B,3,H,W)` in [-1, 1]
 )->Tensor:          # `(B,hidden+context,h,w)`, with `edges` and 3P² channels of pixels
     "What the recurrence is told of the source besides matching features."
-    context = net.cnet(source)
-    return torch.cat([context, F.pixel_unshuffle(source, net.patch)], 1) if net.edges else context
+    return with_pixels(net, net.cnet(source), source)
 
-# %% ../nbs/06_raft.ipynb #c041
+def target_features(
+    net:RAFT,       # The network
+    target:Tensor,  # Frame t `(B,3,H,W)` in [-1, 1]
+)->Tensor:          # `(B,D,h,w)`, with `edges` and 3P² channels of pixels
+    "What is known of the target."
+    return with_pixels(net, net.fnet(target), target)
+
+def with_pixels(
+    net:RAFT,       # The network
+    x:Tensor,       # Channels at the patches `(B,·,h,w)`
+    frame:Tensor,   # What they were read from `(B,3,H,W)`
+)->Tensor:          # The same, with `edges` and 3P² channels
+    "Let a frame's pixels ride along."
+    return torch.cat([x, F.pixel_unshuffle(frame, net.patch)], 1) if net.edges else x
+
+# %% ../nbs/06_raft.ipynb #c042
+def split_pixels(
+    net:RAFT,           # The network
+    context:Tensor,     # From `source_context`
+    f2:Tensor,          # From `target_features`
+)->tuple:               # context, f2, pixels `(B,4P²,h,w)`, change `(B,P²,h,w)`; the latter two empty without `edges`
+    "Take off what rides along."
+    context, source = context.tensor_split([net.cnet.conv2.out_channels], 1)
+    f2, target = f2.tensor_split([net.fnet.conv2.out_channels], 1)
+    change = (source - target).unflatten(1, (3, -1)).abs().mean(1) if net.edges else source
+    return context, f2, torch.cat([source, change], 1), change
+
+# %% ../nbs/06_raft.ipynb #c044
 def refine(
     net:RAFT,                       # The network
     f1:Tensor,                      # Source features `(B,D,h,w)`, from `net.fnet`
-    f2:Tensor,                      # Target features `(B,D,h,w)`
+    f2:Tensor,                      # Of the target `(B,·,h,w)`, from `target_features`
     context:Tensor,                 # Of the source `(B,·,h,w)`, from `source_context`
     flow:Tensor|None=None,          # Coarse flow to start from `(B,2,h,w)` in cells; default 0
     visible:Tensor|None=None,       # Coarse visibility to start from `(B,1,h,w)` in [0, 1]
@@ -261,27 +294,28 @@ def refine(
     every:bool=False,               # Return all updates rather than the last
 )->dict[str, Tensor|list]:          # 'flow' `(B,2,H,W)` px, 'visible' `(B,H,W)` prob.; lists if `every`; 'log_pi'
     "The recurrence: look up, update, correct; draw the result at full size."
-    (B, _, h, w), P = f1.shape, net.patch
-    here, pyramid = grid(h, w, f1), correlation_pyramid(f1, f2, net.levels)
+    B, _, h, w = f1.shape
+    context, f2, pixels, change = split_pixels(net, context, f2)
+    exact = net.fnet.conv2.weight               # positions keep its precision, whatever the features have
+    here, pyramid = grid(h, w, exact), correlation_pyramid(f1, f2, net.levels)
     match, log_pi = (softmax_match(pyramid[0], net.log_temperature.exp(), B) if net.log_temperature is not None
-                     else (f1.new_zeros(B, 2, h, w), None))
-    context, pixels = context.tensor_split([net.cnet.conv2.out_channels], 1)
-    hidden, inp = context[:, :net.hidden].tanh(), context[:, net.hidden:].relu()
-    flow = f1.new_zeros(B, 2, h, w) if flow is None else flow
-    logit = torch.logit(f1.new_full((B, 1, h, w), net.visible_start) if visible is None else visible, 1e-5)
+                     else (exact.new_zeros(B, 2, h, w), None))
+    hidden, inp = context[:, :net.hidden].tanh(), torch.cat([context[:, net.hidden:].relu(), change], 1)
+    flow = exact.new_zeros(B, 2, h, w) if flow is None else flow
+    logit = torch.logit(exact.new_full((B, 1, h, w), net.visible_start) if visible is None else visible, 1e-5)
     out = {'flow': [], 'visible': [], 'log_pi': log_pi}
     for i in range(net.updates):
         if detach: flow, logit = flow.detach(), logit.detach()
         state = [flow, logit, match] if net.visibility else [flow] + [match]*(log_pi is not None)
-        hidden, step, change = net.update_block(hidden, inp, lookup(pyramid, here + flow, net.radius), torch.cat(state, 1))
-        flow, logit = flow + step, logit + change if net.visibility else logit
+        hidden, step, rise = net.update_block(hidden, inp, lookup(pyramid, here + flow, net.radius), torch.cat(state, 1))
+        flow, logit = flow + step, logit + rise if net.visibility else logit
         if every or i == net.updates - 1: draw_update(net, torch.cat([hidden, pixels], 1), flow, logit, out)
     return out if every else {k: v[-1] if isinstance(v, list) and v else v for k, v in out.items()}
 
-# %% ../nbs/06_raft.ipynb #c042
+# %% ../nbs/06_raft.ipynb #c045
 def draw_update(
     net:RAFT,               # The network
-    hidden:Tensor,          # Hidden state, and the source's pixels if the network sees them `(B,·,h,w)`
+    hidden:Tensor,          # Hidden state, and pixels if the network sees them `(B,·,h,w)`
     flow:Tensor,            # Coarse flow `(B,2,h,w)` in cells
     logit:Tensor,           # Coarse visibility logits `(B,1,h,w)`
     out:dict[str, list],    # Appended to: 'flow' in pixels, 'visible' as probability
@@ -292,7 +326,7 @@ def draw_update(
     if net.visibility:
         out['visible'].append(convex_upsample(logit, .25*block.alpha_mask(hidden), P)[:, 0].sigmoid())
 
-# %% ../nbs/06_raft.ipynb #c043
+# %% ../nbs/06_raft.ipynb #c046
 def pair_flow(
     net:RAFT,               # The network
     source:Tensor,          # Frame 0 `(B,3,H,W)` in [-1, 1]
@@ -301,11 +335,11 @@ def pair_flow(
 )->dict[str, Tensor]:       # As `refine`
     "Flow and visibility from `source` to `target`."
     check_frames(net, source); check_frames(net, target)
-    return refine(net, net.fnet(source), net.fnet(target), source_context(net, source), **refining)
+    return refine(net, net.fnet(source), target_features(net, target), source_context(net, source), **refining)
 
-# %% ../nbs/06_raft.ipynb #c045
+# %% ../nbs/06_raft.ipynb #c048
 dot_estimator = partial(RAFT, strides=(2, 2, 2), updates=12, visibility=False, context_norm=nn.BatchNorm2d)
 dot_refiner = partial(RAFT)
 small_raft = partial(RAFT, widths=(24, 32, 56), context_widths=(16, 16, 24), strides=(2, 2, 1), dim=96, hidden=36,
-    context=24, levels=3, radius=3, motion=40, motion_widths=(48, 40, 24, 16), heads=32, masks=64, updates=3,
+    context=24, levels=3, radius=3, motion=40, motion_widths=(48, 40, 24, 16), heads=32, masks=48, updates=3,
     matching=True, edges=True, visible_start=.9)

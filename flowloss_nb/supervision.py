@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor
 import torch.nn.functional as F
 from .flow import epe, grid, moving, sample_at
-from .raft import RAFT, correlation_pyramid, refine, softmax_match, source_context
+from .raft import RAFT, correlation_pyramid, refine, softmax_match, source_context, target_features
 
 # %% ../nbs/06b_supervision.ipynb #c006
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def flow_supervision(
     "All three questions to a RAFT, about every pair."
     f1, context = net.fnet(pairs.source), source_context(net, pairs.source)
     each = lambda x: x.repeat_interleave(pairs.target.shape[1], 0)
-    out = refine(net, each(f1), net.fnet(pairs.target.flatten(0, 1)), each(context), every=True)
+    out = refine(net, each(f1), target_features(net, pairs.target.flatten(0, 1)), each(context), every=True)
     flow, visible = pairs.flow.flatten(0, 1), pairs.visible.flatten(0, 1)
     motion, hidden = update_losses(out, flow, visible)
     match = match_loss(out['log_pi'], flow, visible, net.patch)
