@@ -67,7 +67,7 @@ def moving(
     threshold:float=0.5,    # Pixels; slower counts as static
 )->Tensor:                  # `(..., H, W)` bool
     "Where the flow is longer than `threshold`."
-    return torch.linalg.vector_norm(flow, dim=-3) > threshold
+    return flow.square().sum(-3) > threshold**2
 
 # %% ../nbs/05_flow.ipynb #c030
 def chain_flow(

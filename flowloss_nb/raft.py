@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['dot_estimator', 'dot_refiner', 'small_raft', 'conv', 'ResidualBlock', 'Encoder', 'correlation_pyramid', 'lookup',
-           'softmax_match', 'MotionEncoder', 'SepConvGRU', 'Head', 'UpdateBlock', 'convex_upsample', 'RAFT',
-           'check_frames', 'source_context', 'target_features', 'with_pixels', 'split_pixels', 'refine', 'draw_update',
-           'pair_flow']
+           'softmax_match', 'FeatureAttention', 'MotionEncoder', 'SepConvGRU', 'Head', 'UpdateBlock', 'convex_upsample',
+           'RAFT', 'check_frames', 'source_context', 'target_features', 'with_pixels', 'split_pixels', 'refine',
+           'draw_update', 'pair_flow']
 
 # %% ../nbs/06_raft.ipynb #c003
 import math
@@ -110,6 +110,30 @@ def softmax_match(
     sure = pi.sum(-1)[:, None]
     shift = torch.einsum('bnm,cm->bcn', pi, at)/sure - at
     return torch.cat([shift, sure], 1).reshape(batch, 3, h, w), log_pi
+
+# %% ../nbs/06_raft.ipynb #new1823
+class FeatureAttention(nn.Module):
+    "Let the features of two frames look at their own frame and at each other."
+    def __init__(self,
+        dim:int,            # Feature channels D
+        layers:int,         # Transformer layers: self-attention, cross-attention, two linear maps
+        width:int=96,       # Channels inside, a multiple of 4
+    ):
+        super().__init__()
+        layer = lambda: nn.TransformerDecoderLayer(width, 4, 2*width, 0., 'gelu', batch_first=True, norm_first=True)
+        self.down, self.up = nn.Conv2d(dim, width, 2, 2), conv(width, dim, 1)
+        self.place = nn.Parameter(.02*torch.randn(1, width, 8, 12))
+        self.layers = nn.ModuleList(layer() for _ in range(layers))
+
+    def forward(self, f1, f2):
+        with torch.autocast(f1.device.type, enabled=False):     # short sequences: bfloat16 would be slower
+            f = torch.cat([f1, f2]).to(self.place.dtype)
+            x = self.down(f)
+            size, x = x.shape[-2:], x + F.interpolate(self.place, x.shape[-2:], mode='bilinear')
+            x = x.flatten(2).mT
+            for layer in self.layers: x = layer(x, x.roll(len(f1), 0))
+            x = self.up(x.mT.unflatten(2, size))
+            return (f + F.interpolate(x, f.shape[-2:], mode='bilinear')).chunk(2)
 
 # %% ../nbs/06_raft.ipynb #c025
 class MotionEncoder(nn.Module):
@@ -220,6 +244,7 @@ class RAFT(nn.Module):
         updates:int=4,                              # Recurrent steps
         visibility:bool=True,                       # Predict visibility
         matching:bool=False,                        # Our branch: feed the global softmax match
+        attention:int=0,                            # Our branch: transformer layers between the frames' features
         edges:bool=False,                           # Our branch: the upsampling sees pixels and may choose to stand still
         visible_start:float=1.,                     # Visibility before the first update, in (0, 1]
         context_widths:tuple|None=None,             # Encoder stages of the context; default as `widths`
@@ -229,6 +254,7 @@ class RAFT(nn.Module):
         self.patch, self.levels, self.radius, self.updates = math.prod(strides), levels, radius, updates
         self.hidden, self.visibility, self.visible_start, self.edges = hidden, visibility, visible_start, edges
         self.fnet = Encoder(widths, dim, strides)
+        self.attention = FeatureAttention(dim, attention) if attention else None
         self.cnet = Encoder(context_widths or widths, hidden + context, strides, context_norm)
         n_state = 2 + visibility*(1 + 2*(not matching)) + 3*matching
         self.update_block = UpdateBlock(levels*(2*radius + 1)**2, n_state, hidden, context, motion,
@@ -242,7 +268,7 @@ def check_frames(
 )->None:
     "One clear error for frames the network cannot take."
     if frame.ndim != 4 or frame.shape[1] != 3: raise ValueError(f'expected frames (B,3,H,W), got {tuple(frame.shape)}')
-    P, least = net.patch, net.patch * 2**(net.levels - 1)
+    P, least = net.patch * (2 if net.attention else 1), net.patch * 2**(net.levels - 1)
     if any(side % P or side < least for side in frame.shape[-2:]):
         raise ValueError(f'frames of {tuple(frame.shape[-2:])}: each side must be a multiple of {P} and at least {least}; '
                          f'resize or pad the clip first')
@@ -296,6 +322,7 @@ def refine(
     "The recurrence: look up, update, correct; draw the result at full size."
     B, _, h, w = f1.shape
     context, f2, pixels, change = split_pixels(net, context, f2)
+    if net.attention: f1, f2 = net.attention(f1, f2)
     exact = net.fnet.conv2.weight               # positions keep its precision, whatever the features have
     here, pyramid = grid(h, w, exact), correlation_pyramid(f1, f2, net.levels)
     match, log_pi = (softmax_match(pyramid[0], net.log_temperature.exp(), B) if net.log_temperature is not None
@@ -340,6 +367,6 @@ def pair_flow(
 # %% ../nbs/06_raft.ipynb #c048
 dot_estimator = partial(RAFT, strides=(2, 2, 2), updates=12, visibility=False, context_norm=nn.BatchNorm2d)
 dot_refiner = partial(RAFT)
-small_raft = partial(RAFT, widths=(24, 32, 56), context_widths=(16, 16, 24), strides=(2, 2, 1), dim=96, hidden=36,
-    context=24, levels=3, radius=3, motion=40, motion_widths=(48, 40, 24, 16), heads=32, masks=48, updates=3,
-    matching=True, edges=True, visible_start=.9)
+small_raft = partial(RAFT, widths=(24, 32, 56), context_widths=(16, 16, 24), strides=(2, 2, 1), dim=96, hidden=32,
+    context=16, levels=3, radius=3, motion=32, motion_widths=(48, 32, 24, 16), heads=32, masks=32, updates=3,
+    matching=True, attention=2, edges=True, visible_start=.9)

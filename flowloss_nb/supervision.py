@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Pairs', 'draw_pairs', 'look_through', 'draw_window', 'shake_window', 'move_windows', 'recolour', 'blur', 'add_noise',
-           'augment', 'update_losses', 'match_loss', 'flow_supervision', 'match_supervision']
+           'augment', 'practise', 'update_losses', 'match_loss', 'flow_supervision', 'match_supervision']
 
 # %% ../nbs/06b_supervision.ipynb #c003
 from dataclasses import dataclass
@@ -145,6 +145,19 @@ def augment(
     target = add_noise(blur(target, .4*spoil, generator), .5*spoil, .6, generator)
     return Pairs(source.clamp(-1.5, 1.5), target.clamp(-1.5, 1.5).unflatten(0, (B, K)), p.flow, p.visible)
 
+# %% ../nbs/06b_supervision.ipynb #new4380
+def practise(
+    pairs:Pairs,            # As drawn
+    generator:Generator,    # On the CPU
+    hard:float=.25,         # Probability that the batch goes through `augment`
+    shake:float=.25,        # Share of its targets with a window of their own
+)->Pairs:                   # Mirrored, or hard to read; still true
+    "One batch of pairs to train on."
+    if torch.rand((), generator=generator) < hard: return augment(pairs, generator, shake=shake)
+    S = torch.where(torch.rand(len(pairs.source), 1, 1, 1, generator=generator) < .5, -1., 1.)
+    window = torch.cat([S, torch.ones_like(S)], 1), torch.zeros(len(S), 2, 1, 1)
+    return move_windows(pairs, window, shake_window(window, pairs.target.shape[1], 0., generator))
+
 # %% ../nbs/06b_supervision.ipynb #c029
 def update_losses(
     out:dict,           # From `refine(..., every=True)`
@@ -154,7 +167,7 @@ def update_losses(
 )->tuple[Tensor, Tensor]: # Scalars: flow, in weighted px, and visibility, in weighted nats
     "Losses of all updates, the last one counting most."
     weight = torch.where(moving(flow) & visible, 3., 1.)
-    hidden = torch.where(visible, 1., 4.)
+    hidden = torch.where(visible, 1., 2.)
     steps = [decay**i for i in reversed(range(len(out['flow'])))]
     length = lambda f: ((f - flow).square().sum(1) + 1e-6).sqrt()
     cross = lambda v: F.binary_cross_entropy(v.clamp(1e-5, 1 - 1e-5), visible.float(), reduction='none')
@@ -194,7 +207,7 @@ def flow_supervision(
     flow, visible = pairs.flow.flatten(0, 1), pairs.visible.flatten(0, 1)
     motion, hidden = update_losses(out, flow, visible)
     match = match_loss(out['log_pi'], flow, visible, net.patch)
-    return {'loss': motion + 1.5*hidden + .5*match, 'flow': motion.detach(), 'hidden': hidden.detach(),
+    return {'loss': motion + 1.5*hidden + 3*match, 'flow': motion.detach(), 'hidden': hidden.detach(),
             'match': match.detach(), 'epe': epe(out['flow'][-1].detach(), flow).mean()}
 
 # %% ../nbs/06b_supervision.ipynb #c037
@@ -203,7 +216,8 @@ def match_supervision(
     pairs:Pairs,    # Augmented or not
 )->dict[str, Tensor]:   # 'loss' in nats
     "The first question alone: cheap practice for the feature encoder."
-    f1, f2 = net.fnet(pairs.source), net.fnet(pairs.target.flatten(0, 1))
-    cost = correlation_pyramid(f1.repeat_interleave(pairs.target.shape[1], 0), f2, 1)[0]
+    f1, f2 = net.fnet(pairs.source).repeat_interleave(pairs.target.shape[1], 0), net.fnet(pairs.target.flatten(0, 1))
+    if net.attention: f1, f2 = net.attention(f1, f2)
+    cost = correlation_pyramid(f1, f2, 1)[0]
     log_pi = softmax_match(cost, net.log_temperature.exp(), len(f2))[1]
     return {'loss': match_loss(log_pi, pairs.flow.flatten(0, 1), pairs.visible.flatten(0, 1), net.patch)}
