@@ -6,15 +6,16 @@ UV     ?= $(BIN)/uv
 CORES  := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 JOBS   ?= $(shell [ $(CORES) -gt 4 ] && echo 4 || echo $(CORES))
 RUN    ?= runs/compare
-P      ?= -f nbs/experiments/compare_small.yaml
+F      ?= nbs/experiments/compare_small.yaml
+P      ?=
 T      ?=
 export PATH := $(BIN):$(PATH)
 
 help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
 
-run: $(VENV)/.ok ## train with and without FlowLoss on robot clips and compare (other parameters: make run P='-p seed=1')
-	python -m flowloss_nb.runs experiments/compare $(RUN) --overwrite $(P)
+run: $(VENV)/.ok ## train with and without FlowLoss on robot clips and compare (other parameters: make run P='-p seeds=[1]')
+	python -m flowloss_nb.runs experiments/compare $(RUN) --overwrite -f $(F) $(P)
 
 test: $(VENV)/.ok ## run every notebook and every test (some of them: make test T='-k edm')
 	OMP_NUM_THREADS=1 pytest -q -n $(JOBS) --dist worksteal --durations 10 tests $(T)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['to_float', 'to_uint8', 'check_video', 'check_batch', 'resample_frames', 'resize_video', 'atomic_path', 'write_video',
-           'read_video', 'ClipSet', 'collate', 'take', 'batch_indices', 'show_clip', 'contact_sheet']
+           'read_video', 'ClipSet', 'collate', 'take', 'spread', 'batch_indices', 'show_clip', 'contact_sheet']
 
 # %% ../nbs/01_clips.ipynb #c003
 import os
@@ -198,6 +198,15 @@ def take(
 )->dict:           # Batch of len(indices)
     "The batch of these clips."
     return collate([clips[int(i)] for i in indices])
+
+# %% ../nbs/01_clips.ipynb #new0158
+def spread(
+    n:int, # How many there are
+    k:int, # How many are wanted, 1..n
+)->list[int]: # Their indices, increasing
+    "k of n, evenly spread."
+    if not 1 <= k <= n: raise ValueError(f'asked for {k} of {n} clips: choose 1 to {n}')
+    return [i*n//k for i in range(k)]
 
 # %% ../nbs/01_clips.ipynb #c046
 def batch_indices(

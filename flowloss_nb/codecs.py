@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from .clips import atomic_path
 
 # %% ../nbs/11_codecs.ipynb #c006
 def pick_frames(
@@ -89,10 +90,8 @@ def save_codec(
     **about:str,        # Facts for the header: data, licence
 )->None:
     "Write a codec, whole or not at all."
-    path = Path(path)
-    tmp = path.with_suffix('.tmp')
-    save_file({k: v.contiguous() for k, v in codec.state_dict().items()}, tmp, {'kind': type(codec).__name__, **about})
-    tmp.replace(path)
+    tensors = {k: v.contiguous() for k, v in codec.state_dict().items()}
+    with atomic_path(path) as temp: save_file(tensors, temp, {'kind': type(codec).__name__, **about})
 
 # %% ../nbs/11_codecs.ipynb #c025
 def load_linear(

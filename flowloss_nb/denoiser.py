@@ -12,7 +12,7 @@ import torch
 from diffusers import UNetSpatioTemporalConditionModel
 from torch import Tensor, nn
 from .conditioning import FiLM, ImageToken, drop_conditions
-from .edm import c_noise, denoise, guide, sample, sigma_schedule
+from .edm import c_noise, denoise, guide, hold_first, sample, sigma_schedule
 
 # %% ../nbs/13_denoiser.ipynb #c006
 def small_unet(
@@ -52,6 +52,8 @@ class Denoiser(nn.Module):
     def modulate(self, film, block, inputs, h): return film(h, self.pooled.repeat_interleave(len(h)//len(self.pooled), 0))
 
     def condition(self, prompt, first, first_latent, drop=None):
+        if isinstance(prompt, str) or len(prompt) != len(first_latent):
+            raise ValueError(f'prompt must be a list of {len(first_latent)} strings, one a first frame; got {prompt!r}')
         tokens, pooled = self.text(prompt)
         tokens = torch.cat([tokens, self.image(first_latent)], 1)
         return drop_conditions({'tokens': tokens, 'pooled': pooled, 'first': first_latent}, drop)
@@ -103,5 +105,6 @@ def generate(
     if isinstance(guidance, Tensor) or guidance != 1:
         null = drop_conditions(cond, torch.full((len(first),), 2))
         D = guide(D, lambda x, sigma: denoiser(x, sigma, null), guidance)
+    D = hold_first(D, codec.encode(first[:, None].expand(-1, 2, -1, -1, -1))[:, 0])
     sigmas = sigma_schedule(steps).to(noise)
     return codec.decode(sample(D, noise*sigmas[0], sigmas, order, progress=progress), first)

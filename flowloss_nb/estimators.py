@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from .clips import check_video, take, to_uint8
+from .clips import atomic_path, check_video, take, to_uint8
 from .flow import chain_flow, consistency_visible, epe, moving, warp
 from .raft import RAFT, check_frames, refine, source_context, target_features
 
@@ -63,10 +63,8 @@ def save_raft(
     **about:str,        # Further facts for the header (data, steps, licence)
 )->None:
     "Write weights and configuration to one file, whole or not at all."
-    path = Path(path)
-    tmp = path.with_suffix('.tmp')
-    save_file({k: v.contiguous() for k, v in net.state_dict().items()}, tmp, {'config': json.dumps(config), **about})
-    tmp.replace(path)
+    tensors = {k: v.contiguous() for k, v in net.state_dict().items()}
+    with atomic_path(path) as temp: save_file(tensors, temp, {'config': json.dumps(config), **about})
 
 # %% ../nbs/09_estimators.ipynb #c018
 def load_raft(
@@ -171,7 +169,8 @@ def fingerprint(
     clips,                  # A `ClipSet`
 )->str:                     # 16 hex digits
     "What a cached flow depends on: weights, clips, size."
-    h = hashlib.sha256(repr((type(estimator).__name__, clips.frames.shape)).encode())
+    settings = [(k, v) for m in estimator.modules() for k, v in sorted(vars(m).items()) if isinstance(v, (int, float, str, tuple))]
+    h = hashlib.sha256(repr((type(estimator).__name__, settings, clips.frames.shape)).encode())
     for k, v in sorted(estimator.state_dict().items()): h.update(k.encode() + v.cpu().contiguous().numpy().tobytes())
     h.update(clips.frames.contiguous().numpy().tobytes())
     return h.hexdigest()[:16]
@@ -187,9 +186,7 @@ def estimated_truth(
     if not path.exists():
         with torch.no_grad(): pairs = [estimator(b['video']) for b in batches(clips)]
         flow, visible = (torch.cat(x).half() for x in zip(*pairs))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tmp = path.with_suffix('.tmp')
-        save_file({'flow': flow, 'visible': visible > .5}, tmp); tmp.replace(path)
+        with atomic_path(path) as temp: save_file({'flow': flow, 'visible': visible > .5}, temp)
     kept = load_file(path)
     return lambda i: (kept['flow'][i].float(), kept['visible'][i])
 

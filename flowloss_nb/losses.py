@@ -11,7 +11,7 @@ __all__ = ['recon_loss', 'soft_gate', 'hard_gate', 'large_gate', 'flow_strength'
 from collections.abc import Callable
 import torch
 from torch import Tensor
-from .edm import expand, loss_weight
+from .edm import check_sigma, expand, loss_weight
 from .flow import grid, sample_at
 
 # %% ../nbs/10_losses.ipynb #c006
@@ -53,7 +53,9 @@ def flow_strength(
     floor:float=0.,     # σ below this counts as this; 0: Eq. (2) as it stands
 )->Tensor:              # λ(σ)·w(σ) `(B,)`; 0 where the gate is shut
     "What flow supervision weighs at σ, λ included."
-    capped = sigma.clamp(min=floor)
+    if floor < 0 or not gate(torch.tensor(float(floor))) > 0:
+        raise ValueError(f'floor {floor} must be ≥ 0 and lie where the gate is open: else no step would see the flow loss')
+    capped = check_sigma(sigma).clamp(min=floor)
     return torch.where(gate(sigma) > 0, loss_weight(capped) * gate(capped), torch.zeros_like(sigma))
 
 # %% ../nbs/10_losses.ipynb #c024
@@ -149,7 +151,7 @@ def flow_objective(
     recon = (keep(gate(sigma)) * recon_loss(z_hat, z, sigma)).mean()
     targets, open_ = draw_targets(B, T, K, generator).to(z_hat.device), strength > 0
     out = {'recon': recon.detach(), 'recon_term': recon, 'open': open_.float().mean()}
-    if not open_.any(): return out | {'loss': recon, 'flow': recon.new_zeros(())}
+    if not (open_.any() and recon.isfinite()): return out | {'loss': recon, 'flow': recon.new_zeros(())}
     chosen = {k: batch[k][open_] for k in ('video', 'flow', 'visible')}
     error = clip_flow_error(z_hat[open_], chosen, codec, estimator, targets[open_])
     flow = s * (strength[open_] * error).sum() / B
@@ -159,7 +161,7 @@ def flow_objective(
 def motion_weight(
     z_hat:Tensor,   # Denoised latents `(B,T,C,h,w)`
     z:Tensor,       # Clean latents
-)->Tensor:          # ω `(B,T,1,h,w)`, mean 1 over each clip, no gradient
+)->Tensor:          # ω `(B,T,1,h,w)`, mean 1 over each clip (0 where nothing moves wrongly), no gradient
     "Per-position weights of Eq. (6): squared error of the change from the frame before."
     change = (z_hat - z).detach().diff(dim=1).square().sum(2, keepdim=True)
     change = torch.cat([change[:, :1], change], 1)
@@ -205,7 +207,7 @@ def warp_objective(
     strength, recon = flow_strength(sigma, gate, floor), recon_loss(z_hat, z, sigma).mean()
     open_ = strength > 0
     out = {'recon': recon.detach(), 'recon_term': recon, 'open': open_.float().mean()}
-    if not open_.any(): return out | {'loss': recon, 'flow': recon.new_zeros(())}
+    if not (open_.any() and recon.isfinite()): return out | {'loss': recon, 'flow': recon.new_zeros(())}
     frames = torch.arange(z.shape[1], device=z.device).expand(int(open_.sum()), -1)
     y_hat = codec.decode(z_hat[open_], batch['video'][open_, 0], frames)
     flow = s * (strength[open_] * warp_error(y_hat, batch['flow'][open_], batch['visible'][open_])).sum() / len(z)

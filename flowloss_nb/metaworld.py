@@ -205,7 +205,8 @@ def read_manifest(
     if not path.is_file():
         raise FileNotFoundError(f'no embedded clips at {path.parent} (manifest.json is missing): reinstall the '
                                 'package, or make them with flowloss_nb.simulator')
-    return json.loads(path.read_text())
+    try: return json.loads(path.read_text())
+    except ValueError as e: raise ValueError(f'{path} is damaged ({e}): restore it with `git checkout -- {path.name}` there, or reinstall the package') from None
 
 # %% ../nbs/02_metaworld.ipynb #c041
 def read_checked(

@@ -16,7 +16,7 @@ from statistics import median
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from .clips import ClipSet, take
+from .clips import ClipSet, spread, take
 from .codecs import fit_linear
 from .conditioning import WordEncoder, build_vocabulary
 from .denoiser import Denoiser, small_denoiser
@@ -57,10 +57,10 @@ def embedded_stage(
     clips:int|None=None,    # Train on so many clips only; None: all
     flow:bool=True,         # Training clips carry F(y); False: none, for objectives that need none
 )->Stage:
-    "Load clips, fit the codec, compute F(y) once."
+    "Load clips, fit the codec (on all of them: a shipped denoiser knows no other), compute F(y) once."
     train, estimator = load_clips('train', preset), small_estimator()
-    chosen = train if clips is None else train.select(range(0, len(train), max(1, len(train)//clips)))
-    codec = fit_linear(take(chosen, range(0, len(chosen), max(1, len(chosen)//100)))['video'], channels=channels)
+    chosen = train if clips is None else train.select(spread(len(train), clips))
+    codec = fit_linear(take(train, spread(len(train), 100))['video'], channels=channels)
     seen = with_flow(chosen, estimator, cache) if flow else ClipSet(chosen.frames, chosen.prompts, chosen.ids)
     return Stage(seen, load_clips('validation', preset), load_clips('test', preset),
                  codec, estimator, small_estimator('judge'))
@@ -131,11 +131,12 @@ def calibrate(
     stage:Stage,        # Clips and codec
     params:TrainParams, # Batch size, prior, seed: as the run's
     draws:int=12,       # Batches with an open gate
+    name:str='flow',    # One of `OBJECTIVES` with a flow term
     **objective,        # Further arguments of `choose_objective`
 )->dict[str, float]:    # 's' and the median 'ratio' found at s = 1
     "The s at which the flow gradient is `ratio` times the reconstruction gradient."
     if not ratio > 0: raise ValueError(f'ratio must be > 0, got {ratio}; for none use the objective recon')
-    one, weights, found, step = choose_objective('flow', stage, s=1., **objective), list(denoiser.parameters()), [], 0
+    one, weights, found, step = choose_objective(name, stage, s=1., **objective), list(denoiser.parameters()), [], 0
     places = range(params.batch_size)
     while len(found) < draws and step < 20*draws:
         step += 1
@@ -143,6 +144,7 @@ def calibrate(
         batch = take(stage.train, order.tolist())
         losses, _ = step_losses(denoiser, stage.codec, one, batch, params, step, places)
         if 'flow_term' in losses: found.append(gradient_norms(losses, weights)['ratio'])
+    if not found: raise ValueError(f'{name} had no flow term in {step} batches: is its gate ever open? Raise psi, or set s itself')
     return {'s': ratio / median(found), 'ratio': median(found)}
 
 # %% ../nbs/16b_recipes.ipynb #c025
@@ -176,7 +178,7 @@ def interleave(
     params:TrainParams,         # Of every arm
     steps:int,                  # Steps of each arm
     **sizes,                    # Of `stage_denoiser`
-)->dict[str, list[dict]]:       # Name → log lines, with 'seconds' and the number of 'open_clips'
+)->dict[str, list[dict]]:       # Name → log lines, with 'seconds' and the number of 'open_clips' (σ < 1: the default gate)
     "Train several objectives side by side, a step of each in turn."
     accelerator, lines = make_accelerator(params), {name: [] for name in objectives}
     arms = {name: (begin(params, Path('/nonexistent'), stage_denoiser(stage, **sizes), accelerator),

@@ -58,10 +58,11 @@ def write_json(
 @contextmanager
 def lock_run(
     run_dir:Path, # The run's folder; made if missing
+    name:str='lock', # Of the lock file: one for who trains, another for who runs its notebook
 ):
     "Hold the run's folder; a second process gets an error that names the first."
     Path(run_dir).mkdir(parents=True, exist_ok=True)
-    with (Path(run_dir)/'lock').open('a+') as f:
+    with (Path(run_dir)/name).open('a+') as f:
         try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             f.seek(0); raise RuntimeError(f"run folder {run_dir} is in use by process {f.read().strip() or '?'}: "

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 import torch
-from .records import keep_params, read_log, write_json
+from .records import keep_params, lock_run, read_log, write_json
 from .report import columns_of, picture, prose, section, show_value, side_by_side, table, tiles
 from .report import write_report
 from .validation import denoise_clips, make_validation, sample_clips
@@ -165,7 +165,8 @@ def make_room(
     if (run_dir/'metrics.json').exists():
         if not overwrite: raise FileExistsError(f'{run_dir} holds a finished run (metrics.json): '
                                                 'choose another folder, or say overwrite')
-        shutil.rmtree(run_dir)
+        for old in run_dir.iterdir():
+            if old.name != 'notebook.lock': shutil.rmtree(old) if old.is_dir() else old.unlink()
     run_dir.mkdir(parents=True, exist_ok=True)
     return run_dir
 
@@ -195,10 +196,10 @@ def run_notebook(
     from traitlets.config import Config
     quiet = Config({k: {'transport_encryption': 'auto'} for k in ('KernelManager', 'AsyncKernelManager')})
     source = find_notebook(notebook); params = check_known(source, params or {})
-    run_dir = make_room(run_dir, overwrite)
-    if 'run_dir' in known_parameters(source): params = {**params, 'run_dir': str(run_dir)}
-    done = run_dir/'notebook.ipynb'
-    with this_kernel() as kernel:
+    run_dir = Path(run_dir).resolve()
+    with lock_run(run_dir, 'notebook.lock'), this_kernel() as kernel:
+        make_room(run_dir, overwrite); done = run_dir/'notebook.ipynb'
+        if 'run_dir' in known_parameters(source): params = {**params, 'run_dir': str(run_dir)}
         try: papermill.execute_notebook(str(source), str(done), params, cwd=str(source.parent), kernel_name=kernel,
             language='python', execution_timeout=timeout, progress_bar=progress, log_output=False, config=quiet)
         except (papermill.PapermillExecutionError, DeadKernelError, CellTimeoutError) as e:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
-from .clips import batch_indices, take
+from .clips import batch_indices, check_batch, take
 from .records import append_log, cut_log, keep_params, list_checkpoints, lock_run, read_log
 from .records import latest_checkpoint, load_checkpoint, save_checkpoint
 from .step import FREE, TrainParams, check_params, draw_sigma, ema_decay, gradient_norms
@@ -136,7 +136,7 @@ def load_batch(
     "The clips of one piece of one step."
     p, device = job.params, job.accelerator.device
     order = batch_indices(len(job.clips), p.batch_size, step - 1, p.seed)
-    batch = take(job.clips, [order[i] for i in where])
+    batch = check_batch(take(job.clips, [order[i] for i in where]))
     batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
     return job.augment(batch, [stream(p.seed, step, 'augment', i) for i in where]) if job.augment else batch
 
