@@ -55,13 +55,14 @@ def embedded_stage(
     preset:str='fixed',     # 'fixed': four tasks, one camera; 'varied': fifty tasks
     channels:int=16,        # Latent channels of the PCA codec
     clips:int|None=None,    # Train on so many clips only; None: all
-    flow:bool=True,         # Training clips carry F(y); False: none, for objectives that need none
+    flow:str|None='estimated', # Training clips carry F(y); 'exact': the true flow; None: none, for objectives that need none
 )->Stage:
     "Load clips, fit the codec (on all of them: a shipped denoiser knows no other), compute F(y) once."
     train, estimator = load_clips('train', preset), small_estimator()
     chosen = train if clips is None else train.select(spread(len(train), clips))
     codec = fit_linear(take(train, spread(len(train), 100))['video'], channels=channels)
-    seen = with_flow(chosen, estimator, cache) if flow else ClipSet(chosen.frames, chosen.prompts, chosen.ids)
+    if flow not in ('estimated', 'exact', None): raise ValueError(f"flow must be 'estimated', 'exact' or None, got {flow!r}")
+    seen = chosen if flow == 'exact' else (with_flow(chosen, estimator, cache) if flow else ClipSet(chosen.frames, chosen.prompts, chosen.ids))
     return Stage(seen, load_clips('validation', preset), load_clips('test', preset),
                  codec, estimator, small_estimator('judge'))
 

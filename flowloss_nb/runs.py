@@ -222,7 +222,8 @@ def parse_params(
 )->dict:                  # Name → value
     "Parameters from a file and from pairs, which go before it."
     import yaml
-    read = (yaml.safe_load(Path(file).read_text(encoding='utf-8')) or {}) if file else {}
+    try: read = (yaml.safe_load(Path(file).read_text(encoding='utf-8')) or {}) if file else {}
+    except yaml.YAMLError as e: raise ValueError(f'{file} is no YAML: {e}') from None
     if not isinstance(read, dict): raise ValueError(f'{file} must hold name: value lines, got a {type(read).__name__}')
     if (bad := [p for p in pairs if '=' not in p]): raise ValueError(f"-p takes name=value, got {', '.join(bad)}")
     return {k: parse_value(v) for k, v in {**read, **dict(p.split('=', 1) for p in pairs)}.items()}
