@@ -53,7 +53,7 @@ def flow_strength(
     floor:float=0.,     # σ below this counts as this; 0: Eq. (2) as it stands
 )->Tensor:              # λ(σ)·w(σ) `(B,)`; 0 where the gate is shut
     "What flow supervision weighs at σ, λ included."
-    if floor < 0 or not gate(torch.tensor(float(floor))) > 0:
+    if floor < 0 or floor > 0 and not gate(torch.tensor(float(floor))) > 0:
         raise ValueError(f'floor {floor} must be ≥ 0 and lie where the gate is open: else no step would see the flow loss')
     capped = check_sigma(sigma).clamp(min=floor)
     return torch.where(gate(sigma) > 0, loss_weight(capped) * gate(capped), torch.zeros_like(sigma))
