@@ -185,8 +185,8 @@ def estimated_truth(
     path = Path(folder)/f'flow-{fingerprint(estimator, clips)}.safetensors'
     if not path.exists():
         with torch.no_grad(): pairs = [estimator(b['video']) for b in batches(clips)]
-        flow, visible = (torch.cat(x).half() for x in zip(*pairs))
-        with atomic_path(path) as temp: save_file({'flow': flow, 'visible': visible > .5}, temp)
+        flow, visible = (torch.cat(x) for x in zip(*pairs))
+        with atomic_path(path) as temp: save_file({'flow': flow.half(), 'visible': visible > .5}, temp)
     kept = load_file(path)
     return lambda i: (kept['flow'][i].float(), kept['visible'][i])
 
