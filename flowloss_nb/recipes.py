@@ -159,13 +159,14 @@ def judge_clips(
     steps:int=10,                           # Heun steps of a sample
     seed:int=0,                             # Of the noise
     size:int=8,                             # Clips at a time
+    reference:bool=True,                    # Also copying frame 0 and the true clip, the same for every denoiser
 )->dict[str, list[float]]:                  # 'what/measure' → a value per clip; nan where a clip has no answer
     "Every measure of every clip: copying frame 0, the floor, denoised, sampled."
     out = {}
     for i in range(0, len(indices), size):
         b = take(clips, indices[i:i + size])
-        drawn = {'copy': copy_first(b), 'floor': b['video'], 'sample': sample_clips(denoiser, stage.codec, b, steps, seed)}
-        drawn |= {f'denoise/{s:g}': denoise_clips(denoiser, stage.codec, b, s, seed) for s in sigmas}
+        drawn = {'copy': copy_first(b), 'floor': b['video']} if reference else {}
+        drawn |= {'sample': sample_clips(denoiser, stage.codec, b, steps, seed)} | {f'denoise/{s:g}': denoise_clips(denoiser, stage.codec, b, s, seed) for s in sigmas}
         known = stage.estimator(b['video'])
         for name, y_hat in drawn.items():
             for k, v in clip_measures(y_hat, b, stage.estimator, stage.judge, known).items():

@@ -242,7 +242,7 @@ def main(
     ask.add_argument('--timeout', type=int, help='seconds that one cell may take')
     a, start, bar = ask.parse_args(args), time.time(), sys.stderr.isatty()
     try: run = run_notebook(a.notebook, a.run_dir, parse_params(a.pairs, a.file), a.overwrite, a.timeout, bar)
-    except (ValueError, OSError, RuntimeError) as e: print(f'error: {e}', file=sys.stderr); return 1
+    except (ValueError, OSError, RuntimeError, ImportError) as e: print(f'error: {e}', file=sys.stderr); return 1
     page = next(run/f for f in ('report.html', 'notebook.ipynb') if (run/f).exists())
     told = json.loads((run/'metrics.json').read_text()) if (run/'metrics.json').exists() else {}
     if told.get('rows'): print(markdown_table(told['rows']))

@@ -28,6 +28,7 @@ def test_experiment(notebook, tmp_path):
     folder = copy_project(tmp_path)
     python('tests/notebooks.py', name(notebook), folder=folder, seconds=SECONDS)
     assert list(folder.rglob('metrics.json')), f'{name(notebook)} wrote no metrics.json'
+    if 'write_report' in code(notebook): assert list(folder.rglob('report.html')), f'{name(notebook)} wrote no report.html'
 
 @pytest.mark.parametrize('notebook', EXPERIMENTS, ids=name)
 def test_experiment_parameters(notebook):

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 import pytest, torch
 from torch import nn
-from flowloss_nb import records
+from flowloss_nb import records, trainer
 from flowloss_nb.clips import ClipSet
 from flowloss_nb.edm import denoise
 from flowloss_nb.trainer import TrainParams, train
@@ -50,11 +50,11 @@ def go(run_dir, seed=0, params=PARAMS, luck=True):
 
 # ---- the script
 
-def fork(run_dir, seed=0, params=PARAMS, luck=True, **env):
+def fork(run_dir, seed=0, params=PARAMS, luck=True, death=None, **env):
     pid = os.fork()
     if pid: return pid
     code = 1
-    try: torch.set_num_threads(1); os.environ.update(env); go(run_dir, seed, params, luck); code = 0
+    try: torch.set_num_threads(1); os.environ.update(env); death and deadly(*death); go(run_dir, seed, params, luck); code = 0
     except BaseException: traceback.print_exc()
     finally: os._exit(code)
 
@@ -74,15 +74,34 @@ def lives(run_dir, kills=6):
         ends.append([killed(fork(run_dir, seed=n if records.latest_checkpoint(run_dir) else 0), run_dir, dice), lines(run_dir)])
     return ends, os.waitpid(fork(run_dir, seed=99), 0)[1]
 
+MOMENTS = {'in a file': ('save_file', 5), 'before the state': ('write_json', 6), 'before the name': ('rename', 2), 'after the name': ('rename', -2),
+           'before the oldest goes': ('rename', 4), 'in a line of the log': ('append_log', 8)}
+
+def deadly(what, n):
+    "Let the n-th call of a function that writes be the run's last: half done or not begun, or done if n is negative."
+    owner, calls = dict(rename=Path, append_log=trainer).get(what, records), iter(range(1, 10**6))
+    real = getattr(owner, what)
+    def call(*a):
+        if next(calls) != abs(n): return real(*a)
+        if n < 0: real(*a)
+        elif what == 'save_file': Path(a[1]).write_bytes(b'half of it')
+        elif what == 'append_log': a[0].write_text(a[0].read_text() + '{"kind": "tr')
+        os.kill(os.getpid(), signal.SIGKILL)
+    setattr(owner, what, call)
+
 def script(root):
     import torch._dynamo # the first optimiser imports it: once here, not in every life
     whole = os.waitpid(fork(root/'whole'), 0)[1]
     ends, last = lives(root/'killed')
+    short = dict(params=replace(PARAMS, steps=12, tensorboard=False))
+    wait = lambda pid: os.waitpid(pid, 0)[1]
+    at = {moment: [wait(fork(root/moment, **short, death=death)), wait(fork(root/moment, seed=99, **short))] for moment, death in MOMENTS.items()}
     few = dict(params=replace(PARAMS, steps=12), luck=False)
     two = dict(WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(random.randint(20000, 60000)), ACCELERATE_USE_CPU='true')
+    wait(fork(root/'short', **short))
     pids = [fork(root/'one', **few)] + [fork(root/'two', RANK=str(r), LOCAL_RANK=str(r), **few, **two) for r in range(2)]
     codes = [os.waitpid(pid, 0)[1] for pid in pids]
-    (root/'told.json').write_text(json.dumps({'whole': whole, 'killed': last, 'ends': ends, 'two': codes}))
+    (root/'told.json').write_text(json.dumps({'whole': whole, 'killed': last, 'ends': ends, 'at': at, 'two': codes}))
 
 # ---- the tests
 
@@ -113,6 +132,16 @@ def test_nothing_is_left_behind(runs):
     assert sorted(p.name for p in (root/'killed/checkpoints').iterdir()) == ['step_0000057', 'step_0000060']
     steps = [line['step'] for line in records.read_log(root/'killed', 'train')]
     assert steps == list(range(1, 61))
+
+@pytest.mark.parametrize('moment', MOMENTS)
+def test_killed_while_writing(runs, moment):
+    "Killed in the middle of a checkpoint, between its parts, or in a line of the log; the same moments every time."
+    root, told, stderr = runs
+    assert told['at'][moment] == [signal.SIGKILL, 0], (told['at'], stderr)
+    a, b = (records.latest_checkpoint(root/name) for name in ('short', moment))
+    for name in ('model', 'ema', 'optimizer'): assert (a/f'{name}.safetensors').read_bytes() == (b/f'{name}.safetensors').read_bytes(), name
+    assert story(root/'short') == story(root/moment)
+    assert not list((root/moment/'checkpoints').glob('.*'))
 
 def test_two_processes_equal_one(runs):
     root, told, stderr = runs
