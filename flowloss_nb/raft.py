@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['dot_estimator', 'dot_refiner', 'small_raft', 'conv', 'ResidualBlock', 'Encoder', 'correlation_pyramid', 'lookup',
-           'softmax_match', 'FeatureAttention', 'MotionEncoder', 'SepConvGRU', 'Head', 'UpdateBlock', 'convex_upsample',
-           'RAFT', 'check_frames', 'source_context', 'target_features', 'with_pixels', 'split_pixels', 'refine',
-           'draw_update', 'pair_flow']
+           'feature_pyramid', 'lookup_features', 'softmax_match', 'FeatureAttention', 'MotionEncoder', 'SepConvGRU',
+           'Head', 'UpdateBlock', 'convex_upsample', 'RAFT', 'check_frames', 'source_context', 'target_features',
+           'with_pixels', 'split_pixels', 'refine', 'draw_update', 'pair_flow']
 
 # %% ../nbs/06_raft.ipynb #c003
 import math
@@ -92,6 +92,29 @@ def lookup(
     centre = target.movedim(1, -1).reshape(B*h*w, 2, 1, 1)
     looks = [sample_at(cost, centre/2**l + window, 'zeros') for l, cost in enumerate(pyramid)]
     return torch.cat([look.reshape(B, h, w, -1) for look in looks], -1).movedim(-1, 1)
+
+# %% ../nbs/06_raft.ipynb #new0773
+def feature_pyramid(
+    f2:Tensor,          # Target features `(B,D,h,w)`
+    levels:int=4,       # Number of levels
+)->list[Tensor]:        # Level l: `(B,D,h/2^l,w/2^l)`
+    "Target features, averaged over ever larger cells."
+    pyramid = [f2]
+    while len(pyramid) < levels: pyramid.append(F.avg_pool2d(pyramid[-1], 2))
+    return pyramid
+
+def lookup_features(
+    f1:Tensor,              # Features of N places `(B,D,N)`
+    pyramid:list[Tensor],   # From `feature_pyramid`
+    target:Tensor,          # Their current targets `(B,2,N)` in cells
+    radius:int=4,           # Window radius in cells of each level
+    padding:str='zeros',    # Outside the frame: 'zeros' or 'border'
+)->Tensor:                  # `(B, levels·(2·radius+1)², N)`
+    "The costs that `lookup` finds, without the volume."
+    d = torch.arange(-radius, radius + 1).to(target)
+    window = torch.stack(torch.meshgrid(d, d, indexing='ij')).flatten(1)[:, None]
+    seen = (sample_at(f2, target[..., None]/2**l + window, padding) for l, f2 in enumerate(pyramid))
+    return torch.cat([torch.einsum('bdn,bdnw->bwn', f1, s) for s in seen], 1) / math.sqrt(f1.shape[1])
 
 # %% ../nbs/06_raft.ipynb #c021
 def softmax_match(
