@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['motion_boundaries', 'draw_points', 'boundary_masks', 'clip_queries', 'whole_size', 'fit_frames', 'fit_back',
            'clip_tracks', 'nearest_track', 'coarse_flow', 'unit_tracks', 'refine_tracks', 'dense_tracks',
-           'query_tracks', 'DOT', 'load_dot']
+           'query_tracks', 'cell_tracks', 'DOT', 'load_dot']
 
 # %% ../nbs/08_dot.ipynb #c003
 import torch
@@ -115,7 +115,7 @@ def clip_tracks(
     found = [track(tracker, video, q, True, f) for q in asked]
     return torch.cat([torch.cat([at, seen[..., None].to(at)], -1) for at, seen in found], 2)
 
-# %% ../nbs/08_dot.ipynb #c022
+# %% ../nbs/08_dot.ipynb #c024
 def nearest_track(
     source:Tensor,          # x, y in [0, 1], seen: tracks in the source frame `(B,N,3)`
     size:tuple[int, int],   # Cells (h,w)
@@ -138,7 +138,7 @@ def coarse_flow(
     taken = torch.cat([target[..., :2] - source[..., :2], target[..., 2:]], -1).gather(1, near).mT.unflatten(-1, size)
     return taken[:, :2]*torch.tensor([size[1] - 1, size[0] - 1]).to(source).view(2, 1, 1), taken[:, 2:]
 
-# %% ../nbs/08_dot.ipynb #c027
+# %% ../nbs/08_dot.ipynb #c029
 def unit_tracks(
     tracks:Tensor,          # x, y in pixels of the clip, seen `(...,3)`
     clip:tuple[int, int],   # (h,w) of the clip
@@ -171,7 +171,7 @@ def refine_tracks(
     out = {'flow': out['flow'][..., :H, :W], 'visible': out['visible'][..., :H, :W], 'coarse_flow': coarse, 'coarse_visible': seen}
     return {k: v.unflatten(0, (B, K)) for k, v in out.items()}
 
-# %% ../nbs/08_dot.ipynb #c032
+# %% ../nbs/08_dot.ipynb #c033
 @torch.no_grad()
 def dense_tracks(
     net:RAFT,               # DOT's refiner
@@ -187,6 +187,7 @@ def dense_tracks(
     moved = torch.cat([own[:, :, :2] + out['flow'], (out['visible'] > .8)[:, :, None].to(video)], 2)
     return torch.cat([moved[:, :source], own, moved[:, source:]], 1)
 
+# %% ../nbs/08_dot.ipynb #c036
 def query_tracks(
     net:RAFT,               # DOT's refiner
     video:Tensor,           # `(B,T,3,h,w)` in [-1, 1]
@@ -204,7 +205,29 @@ def query_tracks(
         out = out + torch.cat([seen[..., :2]/scale, (seen[..., 2:] > 0).to(seen)], -1) * (queries[:, None, :, :1] == t)
     return out
 
-# %% ../nbs/08_dot.ipynb #c035
+# %% ../nbs/08_dot.ipynb #c039
+def cell_tracks(
+    net:RAFT,               # DOT's refiner
+    video:Tensor,           # One clip `(1,T,3,h,w)` in [-1, 1]
+    tracks:Tensor,          # x, y in pixels, seen `(1,T,N,3)`
+    cell:int=8,             # Pixels a side
+    sources:int=1,          # Frames from which points are followed, evenly spaced
+)->Tensor:                  # x, y in pixels, seen `(T,n,3)`
+    "Tracks that together visit every cell of the source frames."
+    T, h, w = video.shape[1], *video.shape[-2:]
+    cells, span = torch.tensor([w//cell, h//cell]), torch.tensor([w - 1, h - 1])
+    visited, out = torch.zeros(T, *cells.flip(0), dtype=torch.bool), []
+    for t in torch.linspace(0, T - 1, sources).long().unique():
+        at = (~visited[t]).nonzero().flip(-1)
+        if not len(at): continue
+        new = query_tracks(net, video, tracks, F.pad((at + .5)/cells*span, (1, 0), value=float(t)).to(video)[None])[0]
+        x, y = (new[..., :2].cpu()/span*cells).floor().long().unbind(-1)
+        fine = (new[..., 2].cpu() > 0) & (x >= 0) & (x < cells[0]) & (y >= 0) & (y < cells[1])
+        visited[torch.arange(T)[:, None].expand_as(x)[fine], y[fine], x[fine]] = True
+        out.append(new)
+    return torch.cat(out, 1)
+
+# %% ../nbs/08_dot.ipynb #c042
 class DOT(nn.Module):
     "The paper's estimator F, frozen; differentiable in the clip through its refiner."
     def __init__(self,
@@ -234,7 +257,7 @@ class DOT(nn.Module):
         visible = F.interpolate(out['visible'], size, mode='bilinear') if out['visible'].shape[-2:] != size else out['visible']
         return fit_back(out['flow'], tuple(out['flow'].shape[-2:]), size), visible if self.threshold is None else (visible > self.threshold).to(visible)
 
-# %% ../nbs/08_dot.ipynb #c036
+# %% ../nbs/08_dot.ipynb #c043
 def load_dot(
     folder:str,             # With the three official files
     tracker:bool=True,      # False: tracks will be handed in, and CoTracker's weights (not for commercial use) are not needed
