@@ -159,7 +159,7 @@ class ClipSet(Dataset):
         frames:Tensor,             # uint8 (N,T,H,W,3)
         prompts:list[str],         # N prompts
         ids:list[str]|None=None,   # N names; default: the numbers
-        truth:Callable|None=None,  # i -> (flow (T-1,2,H,W) float32, visible (T-1,H,W) bool)
+        truth:Callable|None=None,  # i -> (flow (T-1,2,H,W) float32, visible (T-1,H,W) bool), and maybe tracks (T,N,3)
     ):
         frames, ids = torch.as_tensor(frames), [str(i) for i in range(len(frames))] if ids is None else ids
         if frames.dtype != torch.uint8: raise TypeError(f'ClipSet keeps uint8 frames, got {frames.dtype}')
@@ -172,7 +172,7 @@ class ClipSet(Dataset):
     def __getitem__(self, i):
         i = range(len(self))[int(i)]
         item = dict(video=to_float(self.frames[i]), prompt=self.prompts[i], id=self.ids[i])
-        return item | (dict(zip(('flow', 'visible'), self.known_truth(i))) if self.truth else {})
+        return item | (dict(zip(('flow', 'visible', 'tracks'), self.known_truth(i))) if self.truth else {})
     def known_truth(self, i):
         "Flow and visibility of clip `i`, made once."
         if i not in self._known: self._known[i] = tuple(torch.as_tensor(v) for v in self.truth(i))

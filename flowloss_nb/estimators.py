@@ -209,14 +209,18 @@ def estimated_truth(
     estimator:nn.Module,    # F
     clips,                  # A `ClipSet` without augmentation
     folder:Path,            # Where the cache lives
-)->Callable:                # i → (flow, visible), to replace the set's exact truth
+    anchored:bool=False,    # Keep the tracks of y as well, so that F(ŷ) starts from them (DOT)
+)->Callable:                # i → (flow, visible) or (flow, visible, tracks), to replace the set's exact truth
     "F(y) of every clip, from the cache or computed and kept there."
-    def compute():
-        with torch.no_grad(): flow, visible = (torch.cat(x) for x in zip(*(estimator(b['video']) for b in batches(clips))))
-        return {'flow': flow.half(), 'visible': visible > .5}
-    key = fingerprint(estimator, clips)
-    kept = keep(Path(folder)/f'flow-{key}.safetensors', key, compute)
-    return lambda i: (kept['flow'][i].float(), kept['visible'][i])
+    def compute(b):
+        tracks = [estimator.tracks(b['video'])] if anchored else []
+        flow, visible = estimator(b['video'], None, *tracks)
+        return flow.half(), visible > .5, *tracks
+    def all_clips():
+        with torch.no_grad(): return dict(zip(('flow', 'visible', 'tracks'), map(torch.cat, zip(*map(compute, batches(clips))))))
+    key = fingerprint(estimator, clips) + '-anchored'*anchored
+    kept = keep(Path(folder)/f'flow-{key}.safetensors', key, all_clips)
+    return lambda i: (kept['flow'][i].float(), *(kept[k][i] for k in ('visible', 'tracks') if k in kept))
 
 # %% ../nbs/09_estimators.ipynb #c046
 def exact_flow(

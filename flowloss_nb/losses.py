@@ -98,17 +98,17 @@ def draw_targets(
 # %% ../nbs/10_losses.ipynb #c035
 def clip_flow_error(
     z_hat:Tensor,               # Denoised latents of the open clips `(b,T,C,h,w)`
-    batch:dict,                 # Their batch: video, flow, visible
+    batch:dict,                 # Their batch: video, flow, visible; tracks of the true clip, if F is to use them
     codec,                      # Decodes chosen frames of latents
     estimator:Callable,         # F
     targets:Tensor,             # Frames to compare `(b,K)`
 )->Tensor:                      # `(b,)` px², differentiable in `z_hat`
     "Decode frame 0 and the targets of each clip, run F, compare with the flow of the true clip."
     b, K = targets.shape
-    frames = torch.cat([targets.new_zeros(b, 1), targets], 1)
+    frames, each = torch.cat([targets.new_zeros(b, 1), targets], 1), torch.arange(b, device=targets.device)[:, None]
     y_hat = codec.decode(z_hat, batch['video'][:, 0], frames)
-    flow, _ = estimator(y_hat, torch.arange(1, K + 1, device=y_hat.device))
-    each = torch.arange(b, device=targets.device)[:, None]
+    anchors = {'tracks': batch['tracks'][each, frames]} if 'tracks' in batch else {}
+    flow, _ = estimator(y_hat, torch.arange(1, K + 1, device=y_hat.device), **anchors)
     return flow_error(flow, batch['flow'][each, targets - 1], batch['visible'][each, targets - 1])
 
 # %% ../nbs/10_losses.ipynb #c037
@@ -152,7 +152,7 @@ def flow_objective(
     targets, open_ = draw_targets(B, T, K, generator).to(z_hat.device), strength > 0
     out = {'recon': recon.detach(), 'recon_term': recon, 'open': open_.float().mean()}
     if not (open_.any() and recon.isfinite()): return out | {'loss': recon, 'flow': recon.new_zeros(())}
-    chosen = {k: batch[k][open_] for k in ('video', 'flow', 'visible')}
+    chosen = {k: batch[k][open_] for k in ('video', 'flow', 'visible', 'tracks') if k in batch}
     error = clip_flow_error(z_hat[open_], chosen, codec, estimator, targets[open_])
     flow = s * (strength[open_] * error).sum() / B
     return out | {'loss': recon + flow, 'flow': flow.detach(), 'flow_error': error.detach().mean(), 'flow_term': flow}
