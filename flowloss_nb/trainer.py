@@ -320,10 +320,10 @@ def load_ema(
 # %% ../nbs/14_trainer.ipynb #c077
 def step_cost(
     lines:list[dict], # A log's lines of kind 'train'
-)->dict:              # Seconds 'open' and 'closed' (medians, None without such steps), 'mean'; 'share_open'
-    "Time of steps with and without an open gate; the first step, which warms up, is left out."
+)->dict:              # Seconds 'open' and 'closed' (medians, None without such steps), 'mean' of the two by 'share_open'
+    "Time of steps with and without an open gate; the first step, which warms up, is left out, and medians keep interruptions out."
     lines = [l for l in lines if l['step'] > 1]
     open, closed = ([l['seconds'] for l in lines if bool(l.get('open')) == side] for side in (True, False))
     middle = lambda seconds: median(seconds) if seconds else None
-    share, mean = (len(open) / len(lines), sum(open + closed) / len(lines)) if lines else (None, None)
+    mean, share = (sum(len(x)*middle(x) for x in (open, closed) if x) / len(lines), len(open) / len(lines)) if lines else (None, None)
     return {'open': middle(open), 'closed': middle(closed), 'mean': mean, 'share_open': share}
