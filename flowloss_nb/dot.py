@@ -11,11 +11,12 @@ __all__ = ['motion_boundaries', 'draw_points', 'boundary_masks', 'clip_queries',
 import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from .clips import check_video
 from .cotracker import CoTracker2, track, track_features
-from .flow import grid, resize_flow, sample_at
+from .flow import grid, resize_flow, sample_at, target_frames
 from .official import DOT_BOUNDARIES, DOT_REFINER, DOT_TRACKER, find_official, load_official
-from .raft import RAFT, dot_estimator, dot_refiner, pair_flow, refine, source_context
+from .raft import RAFT, dot_estimator, dot_refiner, pair_flow, refine
 
 # %% ../nbs/08_dot.ipynb #c006
 def motion_boundaries(
@@ -132,9 +133,10 @@ def coarse_flow(
     source:Tensor,          # Tracks in the source frame, x, y in [0, 1], seen `(B,N,3)`
     target:Tensor,          # The same tracks in the target frame `(B,N,3)`
     size:tuple[int, int],   # Cells (h,w)
+    near:Tensor|None=None,  # From `nearest_track`, if at hand
 )->tuple[Tensor, Tensor]:   # Flow `(B,2,h,w)` in cells, visible `(B,1,h,w)`
     "Spread the displacements of tracks over all cells."
-    near = nearest_track(source, size)[..., None].expand(-1, -1, 3)
+    near = (nearest_track(source, size) if near is None else near)[..., None].expand(-1, -1, 3)
     taken = torch.cat([target[..., :2] - source[..., :2], target[..., 2:]], -1).gather(1, near).mT.unflatten(-1, size)
     return taken[:, :2]*torch.tensor([size[1] - 1, size[0] - 1]).to(source).view(2, 1, 1), taken[:, 2:]
 
@@ -157,6 +159,7 @@ def refine_tracks(
     targets:Tensor,         # Target frames `(B,K)`
     size:tuple[int, int]|None=None, # (H,W) to work at; default: the clip's, enlarged if too small
     detach:bool=True,       # Truncated gradient; False: the full one
+    lean:bool=False,        # Keep next to nothing for the gradient
 )->dict[str, Tensor]:       # 'flow' `(B,K,2,H,W)` in pixels of `size`, 'visible' `(B,K,H,W)` probability, and what they started from
     "Dense flow and visibility from one frame to others."
     (B, K), each = targets.shape, torch.arange(len(video), device=video.device)[:, None]
@@ -165,10 +168,16 @@ def refine_tracks(
     cells = tuple(side//net.patch for side in frames.shape[-2:])
     tracks = unit_tracks(tracks, video.shape[-2:], size, frames.shape[-2:])
     many = lambda x: x.repeat_interleave(K, 0)
-    coarse, seen = coarse_flow(many(tracks[:, source]), tracks[each, targets].flatten(0, 1), cells)
-    f1, context, f2 = net.fnet(frames[:, 0]), source_context(net, frames[:, 0]), net.fnet(frames[:, 1:].flatten(0, 1))
-    out = refine(net, many(f1), f2, many(context), coarse, seen, detach)
-    out = {'flow': out['flow'][..., :H, :W], 'visible': out['visible'][..., :H, :W], 'coarse_flow': coarse, 'coarse_visible': seen}
+    near = nearest_track(tracks[:, source], cells)
+    coarse, seen = coarse_flow(many(tracks[:, source]), tracks[each, targets].flatten(0, 1), cells, many(near))
+    known = net.fnet(frames[:, 0]), net.cnet(frames[:, 0])
+    def run(f1, context, frame, coarse, seen):
+        out = refine(net, f1, net.fnet(frame), context, coarse, seen, detach)
+        return out['flow'][..., :H, :W], out['visible'][..., :H, :W]
+    inputs = [*map(many, known), frames[:, 1:].flatten(0, 1), coarse, seen]
+    together = zip(*(x.split(len(x) if video.is_cuda and not lean else 1) for x in inputs))
+    parts = [checkpoint(run, *some, use_reentrant=False) if lean else run(*some) for some in together]
+    out = dict(zip(('flow', 'visible'), map(torch.cat, zip(*parts)))) | {'coarse_flow': coarse, 'coarse_visible': seen}
     return {k: v.unflatten(0, (B, K)) for k, v in out.items()}
 
 # %% ../nbs/08_dot.ipynb #c033
@@ -239,10 +248,11 @@ class DOT(nn.Module):
         seed:int=0,                 # Of the points
         detach:bool=True,           # Truncated gradient (as RAFT is trained); False: the full one
         threshold:float|None=.8,    # Visible is 0 or 1, above this; None: the probability
+        lean:bool=False,            # Keep next to nothing for the gradient
     ):
         super().__init__()
         self.tracker, self.boundaries, self.refiner = tracker, boundaries, refiner
-        self.n, self.together, self.seed, self.detach, self.threshold = n, together, seed, detach, threshold
+        self.n, self.together, self.seed, self.detach, self.threshold, self.lean = n, together, seed, detach, threshold, lean
         self.eval().requires_grad_(False)
 
     def tracks(self, video):
@@ -251,9 +261,10 @@ class DOT(nn.Module):
 
     def forward(self, video, targets=None, tracks=None):
         check_video(video)
-        targets = torch.arange(1, video.shape[1], device=video.device) if targets is None else targets
+        targets = target_frames(video, targets)
         tracks = self.tracks(video.detach()) if tracks is None else tracks
-        out, size = refine_tracks(self.refiner, video, tracks, 0, targets.expand(len(video), -1), detach=self.detach), video.shape[-2:]
+        if tracks.ndim != 4 or tracks.shape[:2] != video.shape[:2] or tracks.shape[3] != 3: raise ValueError(f'tracks must be ({video.shape[0]},{video.shape[1]},N,3), got {tuple(tracks.shape)}')
+        out, size = refine_tracks(self.refiner, video, tracks, 0, targets, detach=self.detach, lean=self.lean), video.shape[-2:]
         visible = F.interpolate(out['visible'], size, mode='bilinear') if out['visible'].shape[-2:] != size else out['visible']
         return fit_back(out['flow'], tuple(out['flow'].shape[-2:]), size), visible if self.threshold is None else (visible > self.threshold).to(visible)
 
@@ -261,7 +272,7 @@ class DOT(nn.Module):
 def load_dot(
     folder:str,             # With the three official files
     tracker:bool=True,      # False: tracks will be handed in, and CoTracker's weights (not for commercial use) are not needed
-    **settings:object,      # Of `DOT`: n, together, seed, detach, threshold
+    **settings:object,      # Of `DOT`: n, together, seed, detach, threshold, lean
 )->DOT:
     "DOT with its official weights."
     for weights in (DOT_REFINER, *((DOT_BOUNDARIES, DOT_TRACKER) if tracker else ())): find_official(folder, weights)   # all of them, before any is read

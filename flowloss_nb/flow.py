@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['grid', 'sample_at', 'warp', 'resize_flow', 'epe', 'moving', 'chain_flow', 'consistency_visible', 'flow_to_rgb',
-           'color_wheel']
+           'color_wheel', 'target_frames']
 
 # %% ../nbs/05_flow.ipynb #c003
 import math
@@ -112,3 +112,16 @@ def color_wheel(
     q = grid(size, size) - (size - 1)/2
     inside = torch.linalg.vector_norm(q, dim=0) <= (size - 1)/2
     return torch.where(inside, flow_to_rgb(q, scale=(size - 1)/2), torch.ones(3, 1, 1))
+
+# %% ../nbs/05_flow.ipynb #new0698
+def target_frames(
+    video:Tensor,                   # `(B,T,3,H,W)`
+    targets:Tensor|None=None,       # Frames in 1..T-1: `(K,)`, `(B,K)`, or all
+)->Tensor:                          # `(B,K)` long
+    "The target frames of every clip of a batch."
+    B, T = video.shape[:2]
+    if targets is None: targets = torch.arange(1, T, device=video.device)
+    if targets.numel() == 0 or targets.min() < 1 or targets.max() >= T or targets.shape[:-1] not in ((), (B,)):
+        raise ValueError(f'targets must be frames 1..{T-1}, shaped (K,) or ({B},K); got {tuple(targets.shape)} '
+                         f'with values {targets.flatten()[:4].tolist()}…')
+    return targets.expand(B, -1)

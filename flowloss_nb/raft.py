@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['dot_estimator', 'dot_refiner', 'small_raft', 'conv', 'ResidualBlock', 'Encoder', 'correlation_pyramid', 'lookup',
-           'feature_pyramid', 'lookup_features', 'softmax_match', 'FeatureAttention', 'MotionEncoder', 'SepConvGRU',
-           'Head', 'UpdateBlock', 'convex_upsample', 'RAFT', 'check_frames', 'source_context', 'target_features',
-           'with_pixels', 'split_pixels', 'refine', 'draw_update', 'pair_flow']
+           'feature_pyramid', 'lookup_features', 'cost_lookup', 'softmax_match', 'FeatureAttention', 'MotionEncoder',
+           'SepConvGRU', 'Head', 'UpdateBlock', 'convex_upsample', 'RAFT', 'check_frames', 'source_context',
+           'target_features', 'with_pixels', 'split_pixels', 'refine', 'draw_update', 'pair_flow']
 
 # %% ../nbs/06_raft.ipynb #c003
 import math
+from collections.abc import Callable
 from functools import partial
 import torch
+from torch.utils.checkpoint import checkpoint
 from torch import Tensor, nn
 import torch.nn.functional as F
 from .flow import grid, sample_at
@@ -115,6 +117,24 @@ def lookup_features(
     window = torch.stack(torch.meshgrid(d, d, indexing='ij')).flatten(1)[:, None]
     seen = (sample_at(f2, target[..., None]/2**l + window, padding) for l, f2 in enumerate(pyramid))
     return torch.cat([torch.einsum('bdn,bdnw->bwn', f1, s) for s in seen], 1) / math.sqrt(f1.shape[1])
+
+# %% ../nbs/06_raft.ipynb #new4793
+def cost_lookup(
+    f1:Tensor,              # Source features `(B,D,h,w)`
+    f2:Tensor,              # Target features `(B,D,h,w)`
+    levels:int=4,           # Of the pyramid
+    radius:int=4,           # Of the windows
+    most:float=2**29,       # Bytes that the volume of a pair may take
+)->tuple[Callable, list]:   # Targets `(B,2,h,w)` → costs `(B, levels·(2·radius+1)², h, w)`; the pyramid, empty if there is none
+    "Look costs up in a volume, or without one where that would be too large."
+    h, w = f1.shape[-2:]
+    if f1.element_size()*4/3*(h*w)**2 <= most:
+        pyramid = correlation_pyramid(f1, f2, levels)
+        return partial(lookup, pyramid, radius=radius), pyramid
+    def without(target):
+        parts = zip(f1.flatten(2).split(1024, -1), target.flatten(2).split(1024, -1))
+        return torch.cat([checkpoint(lookup_features, a, feature_pyramid(f2, levels), at, radius, use_reentrant=False) for a, at in parts], -1).unflatten(-1, (h, w))
+    return without, []
 
 # %% ../nbs/06_raft.ipynb #c021
 def softmax_match(
@@ -347,9 +367,9 @@ def refine(
     context, f2, pixels, change = split_pixels(net, context, f2)
     if net.attention: f1, f2 = net.attention(f1, f2)
     exact = net.fnet.conv2.weight               # positions keep its precision, whatever the features have
-    here, pyramid = grid(h, w, exact), correlation_pyramid(f1, f2, net.levels)
-    match, log_pi = (softmax_match(pyramid[0], net.log_temperature.exp(), B) if net.log_temperature is not None
-                     else (exact.new_zeros(B, 2, h, w), None))
+    here, matching = grid(h, w, exact), net.log_temperature is not None
+    look, pyramid = cost_lookup(f1, f2, net.levels, net.radius, math.inf if matching else 2**29)
+    match, log_pi = softmax_match(pyramid[0], net.log_temperature.exp(), B) if matching else (exact.new_zeros(B, 2, h, w), None)
     hidden, inp = context[:, :net.hidden].tanh(), torch.cat([context[:, net.hidden:].relu(), change], 1)
     flow = exact.new_zeros(B, 2, h, w) if flow is None else flow
     logit = torch.logit(exact.new_full((B, 1, h, w), net.visible_start) if visible is None else visible, 1e-5)
@@ -357,7 +377,7 @@ def refine(
     for i in range(net.updates):
         if detach: flow, logit = flow.detach(), logit.detach()
         state = [flow, logit, match] if net.visibility else [flow] + [match]*(log_pi is not None)
-        hidden, step, rise = net.update_block(hidden, inp, lookup(pyramid, here + flow, net.radius), torch.cat(state, 1))
+        hidden, step, rise = net.update_block(hidden, inp, look(here + flow), torch.cat(state, 1))
         flow, logit = flow + step, logit + rise if net.visibility else logit
         if every or i == net.updates - 1: draw_update(net, torch.cat([hidden, pixels], 1), flow, logit, out)
     return out if every else {k: v[-1] if isinstance(v, list) and v else v for k, v in out.items()}
