@@ -7,7 +7,6 @@ __all__ = ['TrackEncoder', 'Attention', 'Block', 'UpdateFormer', 'waves', 'falli
            'query_features', 'slide', 'track_features', 'support_grid', 'both_ways', 'track']
 
 # %% ../nbs/07_cotracker.ipynb #c003
-import math
 from collections import OrderedDict
 import torch
 from torch import Tensor, nn
