@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'TORCHVISION', 'RaftEstimator', 'save_raft', 'load_raft', 'small_estimator', 'flow_sums', 'flow_table',
-           'zero_flow', 'dis_steps', 'dis_chained', 'batches', 'fingerprint', 'digest', 'keep', 'estimated_truth',
-           'exact_flow', 'TorchvisionRaft', 'load_torchvision']
+           'zero_flow', 'dis_steps', 'dis_chained', 'exact_flow', 'batches', 'draw_estimators', 'fingerprint', 'digest',
+           'keep', 'estimated_truth', 'TorchvisionRaft', 'load_torchvision']
 
 # %% ../nbs/09_estimators.ipynb #c003
 import hashlib, json, warnings
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from .clips import atomic_path, check_video, take, to_uint8
-from .flow import chain_flow, consistency_visible, epe, moving, target_frames, warp
+from .flow import chain_flow, consistency_visible, epe, flow_to_rgb, moving, target_frames, warp
 from .dot import fit_back, fit_frames, whole_size
 from .official import Official, load_official
 from .raft import RAFT, check_frames, refine, source_context, target_features
@@ -145,6 +145,16 @@ def dis_chained(
     each = torch.arange(len(video))[:, None]
     return torch.stack(flows)[each, targets.cpu() - 1].to(video), torch.stack(seen)[each, targets.cpu() - 1].to(video)
 
+# %% ../nbs/09_estimators.ipynb #c046
+def exact_flow(
+    batch:dict,         # A batch with exact flow and visibility
+)->Callable:            # An estimator that ignores its video
+    "The estimator that knows the answer for this batch."
+    def estimator(video, targets=None):
+        t, each = target_frames(video, targets) - 1, torch.arange(len(video))[:, None]
+        return batch['flow'][each, t], batch['visible'][each, t].float()
+    return estimator
+
 # %% ../nbs/09_estimators.ipynb #c037
 def batches(
     clips,                  # A `ClipSet`
@@ -152,6 +162,26 @@ def batches(
 )->list[dict]:              # All clips, in order
     "Cut a set of clips into batches."
     return [take(clips, range(i, min(i + size, len(clips)))) for i in range(0, len(clips), size)]
+
+# %% ../nbs/09_estimators.ipynb #48e663fc
+def draw_estimators(
+    batch:dict,         # Clips with exact flow
+    estimators:dict,    # Name → F
+    target:int=13,      # Frame to which flow is drawn
+):                      # The figure
+    "Flow above visibility, of the truth and of every estimator; colours are scaled to the longest true flow of a clip."
+    from matplotlib import pyplot as plt
+    views, B = {'exact': exact_flow(batch)} | estimators, len(batch['video'])
+    fig, axes = plt.subplots(2*B, 1 + len(views), figsize=(1.5*(1 + len(views)), 2.1*B), dpi=70, squeeze=False)
+    for ax in axes.flat: ax.axis('off')
+    for (first, last), y in zip(axes[:, 0].reshape(B, 2), batch['video'].clamp(-1, 1)/2 + .5): first.imshow(y[0].movedim(0, -1)); last.imshow(y[target].movedim(0, -1))
+    for column, (name, estimator) in zip(axes[:, 1:].T, views.items()):
+        with torch.no_grad(): flow, visible = estimator(batch['video'], torch.tensor([target]))
+        column[0].set_title(name, fontsize=9)
+        for up, down, f, v, y in zip(column[::2], column[1::2], flow[:, 0], visible[:, 0], batch['flow'][:, target - 1]):
+            up.imshow(flow_to_rgb(f, float(y.norm(dim=0).max())).movedim(0, -1)); down.imshow(v, cmap='gray', vmin=0, vmax=1)
+    axes[0, 0].set_title(f'frames 0, {target}', fontsize=9); fig.tight_layout(pad=.3)
+    return fig
 
 # %% ../nbs/09_estimators.ipynb #c042
 def fingerprint(
@@ -208,16 +238,6 @@ def estimated_truth(
     key = fingerprint(estimator, clips) + '-anchored'*anchored
     kept = keep(Path(folder)/f'flow-{key}.safetensors', key, all_clips)
     return lambda i: (kept['flow'][i].float(), *(kept[k][i] for k in ('visible', 'tracks') if k in kept))
-
-# %% ../nbs/09_estimators.ipynb #c046
-def exact_flow(
-    batch:dict,         # A batch with exact flow and visibility
-)->Callable:            # An estimator that ignores its video
-    "The estimator that knows the answer for this batch."
-    def estimator(video, targets=None):
-        t, each = target_frames(video, targets) - 1, torch.arange(len(video))[:, None]
-        return batch['flow'][each, t], batch['visible'][each, t].float()
-    return estimator
 
 # %% ../nbs/09_estimators.ipynb #new3242
 TORCHVISION = {name: Official(file, "no licence stated for the weights; torchvision's code is BSD-3-Clause", file[-12:-4], 'https://download.pytorch.org/models/')
