@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Frozen', 'ClipText', 'load_text', 'ClipImage', 'load_image', 'random_clip']
 
-# %% ../nbs/12b_clip.ipynb #6dc81e71
+# %% ../nbs/12b_clip.ipynb #69f33354
 from pathlib import Path
 import torch
 from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-# %% ../nbs/12b_clip.ipynb #69bba022
+# %% ../nbs/12b_clip.ipynb #f0de1d10
 class Frozen:
     "A frozen network beside a model: on its device when called, shared by its copies, no part of its state."
     def __init__(self, net:nn.Module): self.net = net.eval().requires_grad_(False)
@@ -21,7 +21,7 @@ class Frozen:
         if self.net.device != x.device: self.net.to(x.device)
         with torch.no_grad(): return self.net(x, **k)
 
-# %% ../nbs/12b_clip.ipynb #4ab88081
+# %% ../nbs/12b_clip.ipynb #51c7047f
 class ClipText(nn.Module):
     "Prompts → tokens `(B,77,D)` and pooled `(B,D)`, without gradient."
     def __init__(self,
@@ -39,7 +39,7 @@ class ClipText(nn.Module):
         out = self.net(ids.to(self.here.device))
         return out.last_hidden_state, out.pooler_output
 
-# %% ../nbs/12b_clip.ipynb #89d5afdc
+# %% ../nbs/12b_clip.ipynb #d4a59fc9
 def load_text(
     folder:str,     # A diffusers folder with `text_encoder/` and `tokenizer/`, e.g. of Stable Diffusion 2.1
 )->ClipText:
@@ -49,7 +49,7 @@ def load_text(
     net = CLIPTextModel.from_pretrained(Path(folder)/'text_encoder', local_files_only=True, use_safetensors=True)
     return ClipText(CLIPTokenizer.from_pretrained(Path(folder)/'tokenizer', local_files_only=True), net)
 
-# %% ../nbs/12b_clip.ipynb #236759f8
+# %% ../nbs/12b_clip.ipynb #59ee947a
 class ClipImage(nn.Module):
     "First frames `(B,3,H,W)` → one token `(B,1,D)`, without gradient."
     def __init__(self,
@@ -57,7 +57,7 @@ class ClipImage(nn.Module):
         processor:CLIPImageProcessor,       # Its mean and standard deviation are used
     ):
         super().__init__()
-        self.net, self.side = Frozen(net), net.config.image_size
+        self.net, self.processor, self.side = Frozen(net), processor, net.config.image_size
         for name in ('mean', 'std'): self.register_buffer(name, torch.tensor(getattr(processor, f'image_{name}')).view(3, 1, 1), persistent=False)
 
     def forward(self, first, first_latent=None):
@@ -65,7 +65,7 @@ class ClipImage(nn.Module):
         seen = ((small + 1)/2 - self.mean)/self.std
         return self.net(seen.to(self.net.net.dtype)).image_embeds[:, None].to(first.dtype)
 
-# %% ../nbs/12b_clip.ipynb #7ab45bc7
+# %% ../nbs/12b_clip.ipynb #23dee571
 def load_image(
     folder:str,     # A diffusers folder with `image_encoder/` and `feature_extractor/`
 )->ClipImage:
@@ -75,7 +75,7 @@ def load_image(
     net = CLIPVisionModelWithProjection.from_pretrained(Path(folder)/'image_encoder', local_files_only=True, use_safetensors=True)
     return ClipImage(net, CLIPImageProcessor.from_pretrained(Path(folder)/'feature_extractor', local_files_only=True))
 
-# %% ../nbs/12b_clip.ipynb #5498e18f
+# %% ../nbs/12b_clip.ipynb #3b41d45b
 def random_clip(
     folder:str,         # Gets `text_encoder/`, `tokenizer/`, `image_encoder/`, `feature_extractor/`
     width:int=32,       # Of the tokens

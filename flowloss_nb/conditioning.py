@@ -63,7 +63,7 @@ class WordEncoder(nn.Module):
 
 # %% ../nbs/12_conditioning.ipynb #c014
 class ImageToken(nn.Module):
-    "Latents of frame 0 `(B,C0,h,w)` → one token `(B,1,D)`."
+    "Frame 0 → one token `(B,1,D)`, from its latents `(B,C0,h,w)`; other models look at the pixels (`clip`)."
     def __init__(self,
         channels:int,       # C0
         width:int=64,       # D
@@ -71,7 +71,7 @@ class ImageToken(nn.Module):
         super().__init__()
         self.conv1, self.conv2 = nn.Conv2d(channels, width, 3, 2, 1), nn.Conv2d(width, width, 3, 2, 1)
 
-    def forward(self, first_latent):
+    def forward(self, first, first_latent):
         return self.conv2(nn.functional.silu(self.conv1(first_latent))).flatten(2).mean(-1)[:, None]
 
 # %% ../nbs/12_conditioning.ipynb #c017

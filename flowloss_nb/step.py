@@ -32,6 +32,7 @@ class TrainParams:
     ema:float = 0.999          # Decay of the running average of the weights, once warm
     P_mean:float = 0.5         # Mean of ln σ
     P_std:float = 1.4          # Standard deviation of ln σ
+    noise_aug:float = 0.       # Standard deviation of noise on frame 0 before the denoiser is shown it, in [-1,1] units; This&That: 0.1
     drop:float = 0.1           # Share of clips for each of three droppings: tokens, tokens and frame 0, frame 0
     seed:int = 0               # Seed of data order, σ, noise, dropping and target frames
     mixed_precision:str = 'no' # 'no' or 'bf16'
@@ -62,6 +63,7 @@ def check_params(
     for name in ('warmup', 'cosine_steps', 'weight_decay', 'ratio_every', 'validate_every'):
         need(getattr(p, name) >= 0, f'{name} is {getattr(p, name)}, must not be negative')
     need(p.lr > 0, f'lr is {p.lr}, must be positive')
+    need(p.noise_aug >= 0, f'noise_aug is {p.noise_aug}, must not be negative')
     need(p.clip_norm > 0, f'clip_norm is {p.clip_norm}, must be positive; inf never clips')
     need(0 <= p.ema < 1, f'ema is {p.ema}, must be in [0, 1)')
     need(0 <= 3*p.drop <= 1, f'drop is {p.drop}, must be in [0, 1/3]: it is the share of each of three droppings')
@@ -107,9 +109,10 @@ def draw_noise(
     step:int,      # Number of the step
     where:range,   # Places in the global batch
     shape:tuple,   # Of one clip's latents, (T,C,h,w)
+    name:str='noise', # Of the stream; another thing needs noise of its own
 )->Tensor:         # Unit noise, (B,T,C,h,w)
     "Noise of these clips in this step."
-    return torch.stack([torch.randn(tuple(shape), generator=stream(p.seed, step, 'noise', i)) for i in where])
+    return torch.stack([torch.randn(tuple(shape), generator=stream(p.seed, step, name, i)) for i in where])
 
 # %% ../nbs/13c_step.ipynb #c025
 def draw_drop(
@@ -162,7 +165,9 @@ def step_losses(
 )->tuple[dict, Tensor]: # Named losses, σ (B,)
     "Noise the clips of one piece, denoise them, and compare."
     video, core = batch['video'], getattr(denoiser, 'module', denoiser)
-    with torch.no_grad(): z, first = codec.encode(video), codec.encode_first(video[:, 0])
+    shown = video[:, 0]
+    if p.noise_aug: shown = shown + p.noise_aug*draw_noise(p, step, where, shown.shape[1:], 'first').to(shown)
+    with torch.no_grad(): z, first = codec.encode(video), codec.encode_first(shown)
     sigma, noise = draw_sigma(p, step, where).to(z), draw_noise(p, step, where, z.shape[1:]).to(z)
     cond = core.condition(batch['prompt'], video[:, 0], first, draw_drop(p, step, where).to(z.device))
     z_hat = denoiser(z + expand(sigma, z)*noise, sigma, cond)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['around', 'SVDCodec', 'load_svd_codec']
 
-# %% ../nbs/11c_svd_codec.ipynb #3268f6d3
+# %% ../nbs/11c_svd_codec.ipynb #87dda63c
 from pathlib import Path
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from diffusers import AutoencoderKLTemporalDecoder
 from .codecs import pick_frames
 
-# %% ../nbs/11c_svd_codec.ipynb #a934871b
+# %% ../nbs/11c_svd_codec.ipynb #3a560da2
 def around(
     t:int,      # Frame wanted
     T:int,      # Frames of the clip
@@ -22,7 +22,7 @@ def around(
     "The window of frames that is decoded for frame t."
     return max(t - reach, 0), min(t + reach + 1, T)
 
-# %% ../nbs/11c_svd_codec.ipynb #af3ccfcb
+# %% ../nbs/11c_svd_codec.ipynb #1ea16eb9
 class SVDCodec(nn.Module):
     "Stable Video Diffusion's VAE as a codec; frozen, differentiable in the latents it decodes."
     def __init__(self,
@@ -60,7 +60,7 @@ class SVDCodec(nn.Module):
         look = lambda z: self.window(z[start:stop]) if t is None else self.window(z[start:stop])[t - start]
         return checkpoint(look, z, use_reentrant=False) if z.requires_grad and torch.is_grad_enabled() else look(z)
 
-# %% ../nbs/11c_svd_codec.ipynb #d8e8c8fa
+# %% ../nbs/11c_svd_codec.ipynb #5900e575
 def load_svd_codec(
     folder:str,         # A diffusers folder with `vae/`
     **settings:object,  # Of `SVDCodec`: reach, together
