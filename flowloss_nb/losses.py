@@ -98,7 +98,7 @@ def draw_targets(
 # %% ../nbs/10_losses.ipynb #c035
 def clip_flow_error(
     z_hat:Tensor,               # Denoised latents of the open clips `(b,T,C,h,w)`
-    batch:dict,                 # Their batch: video, flow, visible; tracks of the true clip, if F is to use them
+    batch:dict,                 # Their batch: video; flow and visible, or F(y) is computed; tracks of the true clip, if F is to use them
     codec,                      # Decodes chosen frames of latents
     estimator:Callable,         # F
     targets:Tensor,             # Frames to compare `(b,K)`
@@ -109,7 +109,9 @@ def clip_flow_error(
     y_hat = codec.decode(z_hat, batch['video'][:, 0], frames)
     anchors = {'tracks': batch['tracks'][each, frames]} if 'tracks' in batch else {}
     flow, _ = estimator(y_hat, torch.arange(1, K + 1, device=y_hat.device), **anchors)
-    return flow_error(flow, batch['flow'][each, targets - 1], batch['visible'][each, targets - 1])
+    if 'flow' in batch: return flow_error(flow, batch['flow'][each, targets - 1], batch['visible'][each, targets - 1])
+    with torch.no_grad(): truth, visible = estimator(batch['video'], targets)
+    return flow_error(flow, truth, visible > .5)
 
 # %% ../nbs/10_losses.ipynb #c037
 def recon_objective(
@@ -135,7 +137,7 @@ def averaged(w:Tensor)->Tensor:
 def flow_objective(
     z_hat:Tensor,                   # Denoised latents `(B,T,C,h,w)`
     z:Tensor,                       # Clean latents
-    batch:dict,                     # With 'flow' and 'visible' of the true clip
+    batch:dict,                     # With 'flow' and 'visible' of the true clip, else they are estimated
     sigma:Tensor,                   # `(B,)`
     generator:torch.Generator,      # Draws the target frames
     codec=None,                     # Decodes latents

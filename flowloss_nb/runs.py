@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['HERE', 'PACKAGES', 'package_version', 'git_commit', 'versions', 'new_run', 'read_run', 'pick', 'runs_table',
            'markdown_table', 'find_notebook', 'known_parameters', 'check_known', 'this_kernel', 'make_room',
-           'failed_cell', 'run_notebook', 'parse_value', 'parse_params', 'main']
+           'failed_cell', 'forward_end', 'run_notebook', 'parse_value', 'parse_params', 'main']
 
 # %% ../nbs/16_runs.ipynb #c003
-import argparse, ast, json, os, platform, shutil, subprocess, sys, tempfile, time
-from contextlib import contextmanager
+import argparse, ast, json, os, platform, shutil, signal, subprocess, sys, tempfile, threading, time
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 import torch
 from .records import keep_params, lock_run, read_log, write_json
 from .report import columns_of, picture, prose, section, show_value, side_by_side, table, tiles
 from .report import write_report
+from .scale import Stopped
 from .validation import denoise_clips, make_validation, sample_clips
 
 # %% ../nbs/16_runs.ipynb #c006
@@ -60,7 +61,9 @@ def new_run(
     free:tuple=(),# Names of those that may change when the run goes on
 )->Path:          # The folder
     "Begin a run, or go on with one."
-    run_dir = Path(run_dir); keep_params(run_dir, 'experiment', params, free)
+    run_dir = Path(run_dir)
+    if int(os.environ.get('RANK', 0)): return run_dir       # the first of many processes writes
+    keep_params(run_dir, 'experiment', params, free)
     path, now = run_dir/'versions.json', versions()
     before = json.loads(path.read_text()) if path.exists() else []
     if before[-1:] != [now]: write_json(path, [*before, now])
@@ -181,6 +184,18 @@ def failed_cell(
             for n, cell, out in outputs if out['output_type'] == 'error')
     return next(told, '')
 
+# %% ../nbs/16_runs.ipynb #151eed5a
+@contextmanager
+def forward_end():
+    "Hand a SIGTERM on to the kernel that works, which ends between two steps and saves."
+    if threading.current_thread() is not threading.main_thread(): yield; return
+    def tell(*_):
+        import psutil
+        for child in psutil.Process().children(recursive=True): child.terminate()
+    before = signal.signal(signal.SIGTERM, tell)
+    try: yield
+    finally: signal.signal(signal.SIGTERM, before)
+
 # %% ../nbs/16_runs.ipynb #c047
 def run_notebook(
     notebook:str|Path,     # Path or name, e.g. 'experiments/compare'
@@ -197,13 +212,16 @@ def run_notebook(
     quiet = Config({k: {'transport_encryption': 'auto'} for k in ('KernelManager', 'AsyncKernelManager')})
     source = find_notebook(notebook); params = check_known(source, params or {})
     run_dir = Path(run_dir).resolve()
-    with lock_run(run_dir, 'notebook.lock'), this_kernel() as kernel:
-        make_room(run_dir, overwrite); done = run_dir/'notebook.ipynb'
+    rank = int(os.environ.get('RANK', 0))       # of many processes under `accelerate launch` the first one holds the folder
+    with nullcontext() if rank else lock_run(run_dir, 'notebook.lock'), this_kernel() as kernel, forward_end():
+        if not rank: make_room(run_dir, overwrite)
+        done = run_dir/(f'notebook-{rank}.ipynb' if rank else 'notebook.ipynb')
         if 'run_dir' in known_parameters(source): params = {**params, 'run_dir': str(run_dir)}
         try: papermill.execute_notebook(str(source), str(done), params, cwd=str(source.parent), kernel_name=kernel,
             language='python', execution_timeout=timeout, progress_bar=progress, log_output=False, config=quiet)
         except (papermill.PapermillExecutionError, DeadKernelError, CellTimeoutError) as e:
             why = failed_cell(done) or e
+            if '\n\nStopped: ' in str(why): raise Stopped(str(why).split('\n\nStopped: ')[1]) from None
             raise RuntimeError(f'{source.name} failed in {why}\n\nThe notebook as far as it got: {done}') from None
     return run_dir
 
@@ -242,6 +260,7 @@ def main(
     ask.add_argument('--timeout', type=int, help='seconds that one cell may take')
     a, start, bar = ask.parse_args(args), time.time(), sys.stderr.isatty()
     try: run = run_notebook(a.notebook, a.run_dir, parse_params(a.pairs, a.file), a.overwrite, a.timeout, bar)
+    except Stopped as e: print(e, file=sys.stderr); return 143
     except (ValueError, OSError, RuntimeError, ImportError) as e: print(f'error: {e}', file=sys.stderr); return 1
     page = next(run/f for f in ('report.html', 'notebook.ipynb') if (run/f).exists())
     told = json.loads((run/'metrics.json').read_text()) if (run/'metrics.json').exists() else {}

@@ -35,7 +35,9 @@ class TrainParams:
     noise_aug:float = 0.       # Standard deviation of noise on frame 0 before the denoiser is shown it, in [-1,1] units; This&That: 0.1
     drop:float = 0.1           # Share of clips for each of three droppings: tokens, tokens and frame 0, frame 0
     seed:int = 0               # Seed of data order, σ, noise, dropping and target frames
-    mixed_precision:str = 'no' # 'no' or 'bf16'
+    mixed_precision:str = 'no' # 'no', 'bf16' or, on a GPU, 'fp16'
+    fsdp:bool = False          # Shard weights, gradients and moments over the processes
+    adam8:bool = False         # Moments in eight bits (bitsandbytes, GPU)
     cpu:bool = False           # Stay on the CPU even where there is a GPU
     max_skips:int = 10         # Stop after so many non-finite steps in a row
     log_every:int = 1          # Steps between log lines
@@ -47,7 +49,7 @@ class TrainParams:
     progress:bool = True       # Show a progress bar
 
 # %% ../nbs/13c_step.ipynb #c008
-FREE = ('steps', 'cpu', 'max_skips', 'log_every', 'ratio_every', 'validate_every', 'checkpoint_every', 'keep',
+FREE = ('steps', 'cpu', 'fsdp', 'max_skips', 'log_every', 'ratio_every', 'validate_every', 'checkpoint_every', 'keep',
         'tensorboard', 'progress')
 
 # %% ../nbs/13c_step.ipynb #c010
@@ -67,8 +69,8 @@ def check_params(
     need(p.clip_norm > 0, f'clip_norm is {p.clip_norm}, must be positive; inf never clips')
     need(0 <= p.ema < 1, f'ema is {p.ema}, must be in [0, 1)')
     need(0 <= 3*p.drop <= 1, f'drop is {p.drop}, must be in [0, 1/3]: it is the share of each of three droppings')
-    need(p.mixed_precision in ('no', 'bf16'), f"mixed_precision is {p.mixed_precision!r}, must be 'no' or 'bf16' "
-         '(fp16 needs a loss scale, a state of its own that skips steps by itself)')
+    need(p.mixed_precision in ('no', 'bf16', 'fp16'), f"mixed_precision is {p.mixed_precision!r}, must be 'no', 'bf16' or 'fp16'")
+    need(not (p.mixed_precision == 'fp16' and (p.fsdp or p.cpu)), 'fp16 scales its loss, which works on a GPU and without fsdp: take bf16')
     need(p.batch_size % (processes*p.accumulate) == 0, f'batch_size {p.batch_size} must be a multiple of '
          f'{processes*p.accumulate}: {processes} processes × {p.accumulate} pieces each')
 

@@ -29,7 +29,7 @@ class Denoiser(nn.Module):
         self.drop = nn.Dropout(dropout)
     def condition(self, prompt, first, first_latent, drop=None): return {'frame': first_latent[:, None] * (drop < 2).view(-1, 1, 1, 1, 1)}
     def forward(self, x, sigma, cond):
-        F_x = lambda u, c: self.net(self.drop(u + cond['frame']).transpose(1, 2)).transpose(1, 2) + 1e-3*self.rest.weight.mean()
+        F_x = lambda u, c: self.net(self.drop(u + cond['frame']).transpose(1, 2)).transpose(1, 2) + 1e-3*self.rest(u.new_ones(64)).mean()
         return denoise(F_x, x, sigma)
 
 def objective(z_hat, z, batch, sigma, generator, luck=True):
