@@ -63,7 +63,7 @@ class Denoiser(nn.Module):
         self.pooled = pooled
         return block(*args)
 
-    def modulate(self, film, block, inputs, h): return film(h, self.pooled.repeat_interleave(len(h)//len(self.pooled), 0))
+    def modulate(self, film, block, inputs, h): return film(h, self.pooled.to(h).repeat_interleave(len(h)//len(self.pooled), 0))
 
     def condition(self, prompt, first, first_latent, drop=None):
         if isinstance(prompt, str) or len(prompt) != len(first_latent):
@@ -79,7 +79,8 @@ class Denoiser(nn.Module):
     def raw(self, u, c, cond):
         self.pooled, T = cond['pooled'], u.shape[1]
         seen = torch.cat([u, cond['first'][:, None].expand(-1, T, -1, -1, -1)], 2)
-        out = self.unet(seen, c, cond['tokens'], u.new_tensor(self.ids).expand(len(u), 3)).sample
+        own = self.unet.dtype       # pure half precision computes in it; D is put together in x's
+        out = self.unet(seen.to(own), c, cond['tokens'].to(own), u.new_tensor(self.ids).expand(len(u), 3)).sample.to(u)
         if not self.gain: return -out
         offset, gain = out.chunk(2, 2)
         return offset + gain*u

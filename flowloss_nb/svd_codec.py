@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['around', 'SVDCodec', 'load_svd_codec', 'small_vae', 'over_time', 'temporal_loss', 'set_scale']
 
-# %% ../nbs/11c_svd_codec.ipynb #e63f8789
+# %% ../nbs/11c_svd_codec.ipynb #27f537ab
 from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from diffusers import AutoencoderKLTemporalDecoder
-from .codecs import pick_frames
 
-# %% ../nbs/11c_svd_codec.ipynb #80edbac6
+# %% ../nbs/11c_svd_codec.ipynb #7f4722e1
 def around(
     t:int,      # Frame wanted
     T:int,      # Frames of the clip
@@ -22,16 +21,18 @@ def around(
     "The window of frames that is decoded for frame t."
     return max(t - reach, 0), min(t + reach + 1, T)
 
-# %% ../nbs/11c_svd_codec.ipynb #7a58f293
+# %% ../nbs/11c_svd_codec.ipynb #df1e0e7b
 class SVDCodec(nn.Module):
     "Stable Video Diffusion's VAE as a codec; frozen, differentiable in the latents it decodes."
     def __init__(self,
         vae:AutoencoderKLTemporalDecoder,   # Its `scaling_factor` gives latents unit variance
         reach:int|None=2,                   # Neighbours on each side in decoding chosen frames; None: all
         together:int=4,                     # Frames encoded at a time
+        given:bool=False,                   # Frame 0 is the given one, and not decoded
+        shrink:int=1,                       # Decode from latents averaged over so many cells a side, and enlarge the picture
     ):
         super().__init__()
-        self.vae, self.reach, self.together = vae.eval().requires_grad_(False), reach, together
+        self.vae, self.reach, self.together, self.given, self.shrink = vae.eval().requires_grad_(False), reach, together, given, shrink
         self.scale = vae.config.scaling_factor
         self.vae.enable_gradient_checkpointing()
 
@@ -47,20 +48,27 @@ class SVDCodec(nn.Module):
 
     def window(self, z):
         "All frames of one window of scaled latents `(n,C,h,w)`."
-        return self.vae.decode((z/self.scale).to(self.vae.dtype), len(z)).sample.to(z.dtype)
+        small = nn.functional.avg_pool2d(z, self.shrink) if self.shrink > 1 else z
+        x = self.vae.decode((small/self.scale).to(self.vae.dtype), len(z)).sample.to(z.dtype)
+        return nn.functional.interpolate(x, scale_factor=self.shrink, mode='bilinear') if self.shrink > 1 else x
 
     def decode(self, z, first, frames=None):
-        T, wanted = z.shape[1], torch.arange(z.shape[1]) if frames is None else frames.cpu()
-        wanted = wanted.expand(len(z), -1)
-        if self.reach is None or wanted.shape[1]*(2*self.reach + 1) >= T: return pick_frames(torch.stack([self.kept(c, 0, T) for c in z]), wanted.to(z.device))
-        return torch.stack([torch.stack([self.kept(c, *around(t, T, self.reach), t) for t in ts]) for c, ts in zip(z, wanted.tolist())])
+        wanted = list(range(z.shape[1])) if frames is None else frames.tolist()
+        return torch.stack([self.chosen(c, y0, ts) for c, y0, ts in zip(z, first, wanted if isinstance(wanted[0], list) else [wanted]*len(z))])
+
+    def chosen(self, z, y0, ts):
+        "Some frames of one clip: from their windows, or all at once where that costs less."
+        T, known = len(z), {0: y0} if self.given else {}
+        apart = self.reach is not None and sum(stop - start for start, stop in (around(t, T, self.reach) for t in ts if t not in known)) < T
+        whole = None if apart else self.kept(z, 0, T)
+        return torch.stack([known[t] if t in known else self.kept(z, *around(t, T, self.reach), t) if apart else whole[t] for t in ts])
 
     def kept(self, z, start, stop, t=None):
         "Decode a window of one clip, and keep frame t or all."
         look = lambda z: self.window(z[start:stop]) if t is None else self.window(z[start:stop])[t - start]
         return checkpoint(look, z, use_reentrant=False) if z.requires_grad and torch.is_grad_enabled() else look(z)
 
-# %% ../nbs/11c_svd_codec.ipynb #4b6ff613
+# %% ../nbs/11c_svd_codec.ipynb #c78a6a4f
 def load_svd_codec(
     folder:str,         # A diffusers folder with `vae/`
     **settings:object,  # Of `SVDCodec`: reach, together
@@ -70,7 +78,7 @@ def load_svd_codec(
         raise FileNotFoundError(f'{folder} holds no vae/config.json: it must be a local diffusers folder of Stable Video Diffusion, e.g. from huggingface.co/stabilityai/stable-video-diffusion-img2vid (licence: Stability AI non-commercial community)')
     return SVDCodec(AutoencoderKLTemporalDecoder.from_pretrained(folder, subfolder='vae', local_files_only=True, use_safetensors=True), **settings)
 
-# %% ../nbs/11c_svd_codec.ipynb #2bf2398f
+# %% ../nbs/11c_svd_codec.ipynb #986ade84
 def small_vae(
     channels:int=8,             # Latent channels
     widths:tuple=(32, 64, 64),  # Of the levels, multiples of 32; factor 2 between them
@@ -93,7 +101,7 @@ def over_time(
     for name, p in vae.named_parameters(): p.requires_grad_(learns == any(k in name for k in ('temporal_res_block', 'time_mixer', 'time_conv_out')))
     return vae
 
-# %% ../nbs/11c_svd_codec.ipynb #e1082aaa
+# %% ../nbs/11c_svd_codec.ipynb #cec7c492
 def temporal_loss(
     vae:AutoencoderKLTemporalDecoder,   # Trained
     video:Tensor,                       # `(B,T,3,H,W)`; T = 1: pictures
