@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['around', 'SVDCodec', 'load_svd_codec', 'small_vae', 'over_time', 'temporal_loss', 'set_scale']
 
-# %% ../nbs/11c_svd_codec.ipynb #27f537ab
+# %% ../nbs/11c_svd_codec.ipynb #f8fad6da
 from pathlib import Path
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from diffusers import AutoencoderKLTemporalDecoder
 
-# %% ../nbs/11c_svd_codec.ipynb #7f4722e1
+# %% ../nbs/11c_svd_codec.ipynb #2725fc6f
 def around(
     t:int,      # Frame wanted
     T:int,      # Frames of the clip
@@ -21,7 +20,7 @@ def around(
     "The window of frames that is decoded for frame t."
     return max(t - reach, 0), min(t + reach + 1, T)
 
-# %% ../nbs/11c_svd_codec.ipynb #df1e0e7b
+# %% ../nbs/11c_svd_codec.ipynb #cc06b827
 class SVDCodec(nn.Module):
     "Stable Video Diffusion's VAE as a codec; frozen, differentiable in the latents it decodes."
     def __init__(self,
@@ -30,11 +29,12 @@ class SVDCodec(nn.Module):
         together:int=4,                     # Frames encoded at a time
         given:bool=False,                   # Frame 0 is the given one, and not decoded
         shrink:int=1,                       # Decode from latents averaged over so many cells a side, and enlarge the picture
+        frugal:bool=True,                   # Compute blocks of the decoder again for the gradient; False: keep what they need
     ):
         super().__init__()
         self.vae, self.reach, self.together, self.given, self.shrink = vae.eval().requires_grad_(False), reach, together, given, shrink
         self.scale = vae.config.scaling_factor
-        self.vae.enable_gradient_checkpointing()
+        if frugal: self.vae.enable_gradient_checkpointing()
 
     def mode(self, frames):
         "Unscaled latents of frames `(N,3,H,W)`."
@@ -59,16 +59,12 @@ class SVDCodec(nn.Module):
     def chosen(self, z, y0, ts):
         "Some frames of one clip: from their windows, or all at once where that costs less."
         T, known = len(z), {0: y0} if self.given else {}
+        def near(t): start, stop = around(t, T, self.reach); return self.window(z[start:stop])[t - start]
         apart = self.reach is not None and sum(stop - start for start, stop in (around(t, T, self.reach) for t in ts if t not in known)) < T
-        whole = None if apart else self.kept(z, 0, T)
-        return torch.stack([known[t] if t in known else self.kept(z, *around(t, T, self.reach), t) if apart else whole[t] for t in ts])
+        whole = None if apart else self.window(z)
+        return torch.stack([known[t] if t in known else near(t) if apart else whole[t] for t in ts])
 
-    def kept(self, z, start, stop, t=None):
-        "Decode a window of one clip, and keep frame t or all."
-        look = lambda z: self.window(z[start:stop]) if t is None else self.window(z[start:stop])[t - start]
-        return checkpoint(look, z, use_reentrant=False) if z.requires_grad and torch.is_grad_enabled() else look(z)
-
-# %% ../nbs/11c_svd_codec.ipynb #c78a6a4f
+# %% ../nbs/11c_svd_codec.ipynb #e19dc35d
 def load_svd_codec(
     folder:str,         # A diffusers folder with `vae/`
     **settings:object,  # Of `SVDCodec`: reach, together
@@ -78,7 +74,7 @@ def load_svd_codec(
         raise FileNotFoundError(f'{folder} holds no vae/config.json: it must be a local diffusers folder of Stable Video Diffusion, e.g. from huggingface.co/stabilityai/stable-video-diffusion-img2vid (licence: Stability AI non-commercial community)')
     return SVDCodec(AutoencoderKLTemporalDecoder.from_pretrained(folder, subfolder='vae', local_files_only=True, use_safetensors=True), **settings)
 
-# %% ../nbs/11c_svd_codec.ipynb #986ade84
+# %% ../nbs/11c_svd_codec.ipynb #fefe7765
 def small_vae(
     channels:int=8,             # Latent channels
     widths:tuple=(32, 64, 64),  # Of the levels, multiples of 32; factor 2 between them
@@ -101,7 +97,7 @@ def over_time(
     for name, p in vae.named_parameters(): p.requires_grad_(learns == any(k in name for k in ('temporal_res_block', 'time_mixer', 'time_conv_out')))
     return vae
 
-# %% ../nbs/11c_svd_codec.ipynb #cec7c492
+# %% ../nbs/11c_svd_codec.ipynb #12e65e44
 def temporal_loss(
     vae:AutoencoderKLTemporalDecoder,   # Trained
     video:Tensor,                       # `(B,T,3,H,W)`; T = 1: pictures
