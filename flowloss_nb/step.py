@@ -169,7 +169,7 @@ def step_losses(
     video, core = batch['video'], getattr(denoiser, 'module', denoiser)
     shown = video[:, 0]
     if p.noise_aug: shown = shown + p.noise_aug*draw_noise(p, step, where, shown.shape[1:], 'first').to(shown)
-    with torch.no_grad(): z, first = codec.encode(video), codec.encode_first(shown)
+    with torch.no_grad(): z, first = batch['latent'] if 'latent' in batch else codec.encode(video), codec.encode_first(shown)
     sigma, noise = draw_sigma(p, step, where).to(z), draw_noise(p, step, where, z.shape[1:]).to(z)
     cond = core.condition(batch['prompt'], video[:, 0], first, draw_drop(p, step, where).to(z.device))
     z_hat = denoiser(z + expand(sigma, z)*noise, sigma, cond)
