@@ -52,6 +52,9 @@ class Denoiser(nn.Module):
         self.film = nn.ModuleList(FiLM(film, b.spatial_res_block.out_channels) for b in blocks if film)
         for film_, block in zip(self.film, blocks): block.register_forward_hook(partial(self.modulate, film_))
 
+    @property
+    def noise_aug(self): return self.ids[2]     # Standard deviation of noise on frame 0, in [-1,1] units
+
     def checkpoint(self):
         "Keep only what goes into each block of the UNet, and compute the rest again for its gradient."
         self.unet.enable_gradient_checkpointing(self.remember)

@@ -139,7 +139,7 @@ def choose_objective(
     gates = dict(flow=gate, ungated=soft_gate, average_ss=soft_gate, average_ls=large_gate)
     mix = dict(keep=averaged) if name.startswith('average') else {}
     return partial(flow_objective, codec=stage.codec, estimator=stage.estimator, gate=gates[name], K=K, floor=floor,
-                   s=s*paper_scale(stage.test.frames.shape[2:4]), **mix)
+                   s=s*paper_scale(stage.test[0]['video'].shape[-2:]), **mix)
 
 # %% ../nbs/16b_recipes.ipynb #c021
 def calibrate(

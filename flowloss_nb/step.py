@@ -32,7 +32,6 @@ class TrainParams:
     ema:float = 0.999          # Decay of the running average of the weights, once warm
     P_mean:float = 0.5         # Mean of ln σ
     P_std:float = 1.4          # Standard deviation of ln σ
-    noise_aug:float = 0.       # Standard deviation of noise on frame 0 before the denoiser is shown it, in [-1,1] units; This&That: 0.1
     drop:float = 0.1           # Share of clips for each of three droppings: tokens, tokens and frame 0, frame 0
     seed:int = 0               # Seed of data order, σ, noise, dropping and target frames
     mixed_precision:str = 'no' # 'no', 'bf16' or, on a GPU, 'fp16'
@@ -65,7 +64,6 @@ def check_params(
     for name in ('warmup', 'cosine_steps', 'weight_decay', 'ratio_every', 'validate_every'):
         need(getattr(p, name) >= 0, f'{name} is {getattr(p, name)}, must not be negative')
     need(p.lr > 0, f'lr is {p.lr}, must be positive')
-    need(p.noise_aug >= 0, f'noise_aug is {p.noise_aug}, must not be negative')
     need(p.clip_norm > 0, f'clip_norm is {p.clip_norm}, must be positive; inf never clips')
     need(0 <= p.ema < 1, f'ema is {p.ema}, must be in [0, 1)')
     need(0 <= 3*p.drop <= 1, f'drop is {p.drop}, must be in [0, 1/3]: it is the share of each of three droppings')
@@ -167,8 +165,8 @@ def step_losses(
 )->tuple[dict, Tensor]: # Named losses, σ (B,)
     "Noise the clips of one piece, denoise them, and compare."
     video, core = batch['video'], getattr(denoiser, 'module', denoiser)
-    shown = video[:, 0]
-    if p.noise_aug: shown = shown + p.noise_aug*draw_noise(p, step, where, shown.shape[1:], 'first').to(shown)
+    shown, aug = video[:, 0], getattr(core, 'noise_aug', 0.)
+    if aug: shown = shown + aug*draw_noise(p, step, where, shown.shape[1:], 'first').to(shown)
     with torch.no_grad(): z, first = batch['latent'] if 'latent' in batch else codec.encode(video), codec.encode_first(shown)
     sigma, noise = draw_sigma(p, step, where).to(z), draw_noise(p, step, where, z.shape[1:]).to(z)
     cond = core.condition(batch['prompt'], video[:, 0], first, draw_drop(p, step, where).to(z.device))

@@ -47,6 +47,9 @@ class TrainState:
     def core(self):
         "The denoiser without what training wraps around it."
         return getattr(self.denoiser, 'module', self.denoiser)
+    def averages(self):
+        "Is there a running average, or does the model stand for it (ema = 0)?"
+        return self.ema is not self.core()
     def trained(self):
         "Trained parameters by name."
         return {k: v for k, v in self.core().named_parameters() if v.requires_grad}
@@ -78,7 +81,7 @@ def save_state(
     "Save weights, average, moments and counters as a checkpoint."
     names, moments = list(state.trained()), state.optimizer.state_dict()['state']
     adam = {f'{names[i]}/{k}' if torch.is_tensor(v) else f'{names[i]}/{k}#': torch.as_tensor(v) for i, named in moments.items() for k, v in named.items()}
-    parts = {'model': state.core().state_dict(), 'ema': state.ema.state_dict(), 'optimizer': adam}
+    parts = {'model': state.core().state_dict(), **({'ema': state.ema.state_dict()} if state.averages() else {}), 'optimizer': adam}
     tensors = {part: {k: whole(v).detach() for k, v in named.items()} for part, named in parts.items()}
     return save_checkpoint(run_dir, state.step, tensors, state.counters() | scaler_state(state.scaler), keep) if main else None
 
@@ -93,7 +96,8 @@ def restore_state(
     for key, v in tensors['optimizer'].items():
         name, k = key.rsplit('/', 1)
         moments.setdefault(number[name], {})[k.rstrip('#')] = v.item() if k.endswith('#') else sliced(v, trained[name]) if v.shape == trained[name].shape else v
-    load_weights(state.core(), tensors['model']); load_weights(state.ema, tensors['ema'])
+    load_weights(state.core(), tensors['model'])
+    if state.averages(): load_weights(state.ema, tensors['ema'])
     groups = state.optimizer.state_dict()['param_groups']
     state.optimizer.load_state_dict({'state': moments, 'param_groups': groups})
     restore_scaler(state.scaler, counters); vars(state).update(counters)
@@ -108,12 +112,12 @@ def begin(
 )->TrainState:               # At step 0, or where the newest checkpoint left off
     "Start afresh, or go on from the newest checkpoint."
     if init is not None: load_weights(denoiser, init)
-    ema = copy.deepcopy(denoiser).eval().requires_grad_(False).to(accelerator.device)
-    if p.fsdp: denoiser, ema = (shard(m.to(accelerator.device), p.mixed_precision == 'bf16') for m in (denoiser, ema))
+    ema = copy.deepcopy(denoiser).eval().requires_grad_(False).to(accelerator.device) if p.ema else None
+    if p.fsdp: denoiser, ema = (m and shard(m.to(accelerator.device), p.mixed_precision == 'bf16') for m in (denoiser, ema))
     adam = make_adam([q for q in denoiser.parameters() if q.requires_grad], p)
     denoiser, adam = (denoiser.train(), accelerator.prepare(adam)) if p.fsdp else accelerator.prepare(denoiser.train(), adam)
-    state = TrainState(denoiser, ema, adam, scaler=accelerator.scaler)
-    update_ema(ema, state.core(), 0.)
+    state = TrainState(denoiser, ema or getattr(denoiser, 'module', denoiser), adam, scaler=accelerator.scaler)
+    if state.averages(): update_ema(ema, state.core(), 0.)
     if (last := latest_checkpoint(run_dir)): restore_state(state, last)
     return state
 
@@ -189,7 +193,7 @@ def train_step(
     told = gather_object(pieces); parts = merge_scalars([t['scalars'] for t in told])
     finite = math.isfinite(parts['loss']) and math.isfinite(norm)
     if finite or state.scaler: state.optimizer.step()       # with a scaled loss it skips by itself, and learns a smaller scale
-    if finite: update_ema(state.ema, state.core(), ema_decay(step, p.ema))
+    if finite and state.averages(): update_ema(state.ema, state.core(), ema_decay(step, p.ema))
     state.optimizer.zero_grad(); count_step(state, finite, parts['loss'])
     seconds = time.perf_counter() - begin - sum(t['aside'] for t in pieces)
     state.compute_seconds += seconds
@@ -248,7 +252,8 @@ def validation_line(
     validate:Callable, # averaged denoiser, step → dict of numbers
 )->dict:              # A line for the log
     "Ask `validate` for numbers, without a trace in training."
-    with torch.no_grad(), torch.random.fork_rng(): told = validate(state.ema, state.step)
+    with torch.no_grad(), torch.random.fork_rng(): told = validate(state.ema.eval(), state.step)
+    state.denoiser.train()
     return {'kind': 'validation', 'step': state.step, 'compute_seconds': state.compute_seconds, **told}
 
 # %% ../nbs/14_trainer.ipynb #c051
@@ -332,7 +337,7 @@ def load_ema(
     "Load the averaged weights of a run's newest checkpoint."
     last = latest_checkpoint(run_dir)
     if last is None: raise FileNotFoundError(f'no checkpoint in {run_dir}: has the run got as far as the first?')
-    return load_weights(denoiser, last/'ema.safetensors').eval()
+    return load_weights(denoiser, next(f for f in (last/'ema.safetensors', last/'model.safetensors') if f.exists())).eval()
 
 # %% ../nbs/14_trainer.ipynb #c077
 def step_cost(

@@ -86,3 +86,18 @@ def test_import_is_light(project):
     program = '\n'.join(['import importlib, sys', f'for m in {modules}:', '    importlib.import_module(f"flowloss_nb.{m}")',
                          f'    bad = {heavy} & sys.modules.keys()', '    assert not bad, f"flowloss_nb.{m} imports {sorted(bad)}"'])
     python('-c', program, folder=project, seconds=120)
+
+PARAMETERS = sorted(p for p in (NBS/'experiments').rglob('*.yaml'))
+
+@pytest.mark.parametrize('file', PARAMETERS, ids=lambda p: p.stem)
+def test_parameter_file(file):
+    "A file of parameters fits its notebook: the one it names (a sweep), the one it is named after, or train_bridge."
+    import yaml
+    from flowloss_nb.runs import known_parameters
+    from flowloss_nb.sweeps import expand
+    told = yaml.safe_load(file.read_text()) or {}
+    if 'notebook' in told: assert expand(told); return
+    named = [n for n in EXPERIMENTS if file.stem.startswith(n.stem)]
+    book = max(named, key=lambda n: len(n.stem)) if named else NBS/'experiments'/'train_bridge.ipynb'
+    unknown = set(told) - set(known_parameters(book))
+    assert not unknown, f'{name(book)} has no parameter {sorted(unknown)}'
