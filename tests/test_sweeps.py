@@ -1,0 +1,60 @@
+"A sweep on a Ray cluster of two nodes, one worker of which is killed in the middle of a run."
+import json, os, signal, time
+from pathlib import Path
+from threading import Thread
+import pytest
+from flowloss_nb import records
+from flowloss_nb.sweeps import sweep
+
+ROOT = Path(__file__).parents[1]
+BOOK = "from dataclasses import dataclass\nfrom pathlib import Path\nimport time, torch\nfrom torch import nn\nfrom flowloss_nb.clips import ClipSet\nfrom flowloss_nb.edm import denoise\nfrom flowloss_nb.records import write_json\nfrom flowloss_nb.step import TrainParams\nfrom flowloss_nb.trainer import train"
+MODEL = '''class Codec(nn.Module):
+    def encode(self, video): return video
+    def encode_first(self, first): return first
+class Denoiser(nn.Module):
+    def __init__(self):
+        super().__init__(); torch.manual_seed(seed); self.net = nn.Conv3d(3, 3, 3, padding=1)
+    def condition(self, prompt, first, first_latent, drop=None): return {}
+    def forward(self, x, sigma, cond): return denoise(lambda u, c: self.net(u.transpose(1, 2)).transpose(1, 2), x, sigma)
+def objective(z_hat, z, batch, sigma, generator): time.sleep(.05); return {'loss': (z_hat - z).square().mean()}
+clips = ClipSet(torch.randint(256, (8, 4, 8, 8, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8), ['go']*8)
+state = train(TrainParams(steps=steps, batch_size=2, checkpoint_every=5, validate_every=0, ratio_every=0, cpu=True, tensorboard=False, progress=False), Path(run_dir), Denoiser(), Codec(), objective, clips)
+write_json(Path(run_dir)/'metrics.json', {'norm': float(state.ema.net.weight.norm()), 'step': state.step})'''
+
+def book(path):
+    cells = [{'cell_type': 'code', 'metadata': {'tags': ['parameters']} if i == 0 else {}, 'source': s, 'id': f'c{i}', 'execution_count': None, 'outputs': []}
+             for i, s in enumerate(("run_dir = 'x'  # Folder\nseed = 0  # Of the weights\nsteps = 10  # Steps", BOOK, MODEL))]
+    path.write_text(json.dumps({'cells': cells, 'metadata': {}, 'nbformat': 4, 'nbformat_minor': 5}))
+    return str(path)
+
+def kill_once(folder, steps):
+    "Kill the worker that runs this run, once it has a checkpoint; its process is the one that holds the run's folder."
+    end = time.time() + 120
+    while time.time() < end:
+        last = records.latest_checkpoint(folder)
+        if last and int(last.name[5:]) < steps - 20:
+            os.kill(int((folder/'notebook.lock').read_text()), signal.SIGKILL)
+            (folder.parent/'killed').write_text(last.name); return
+        time.sleep(.05)
+
+def test_a_worker_is_killed_and_the_run_completes(tmp_path, monkeypatch):
+    pytest.importorskip('ray', reason='Ray is not installed: pip install "flowloss_nb[cluster]"')
+    from ray.cluster_utils import Cluster
+    monkeypatch.setenv('PYTHONPATH', str(ROOT)); monkeypatch.setenv('OMP_NUM_THREADS', '1'); monkeypatch.setenv('RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO', '0')
+    steps = 120
+    plan = dict(notebook=book(tmp_path/'book.ipynb'), params=dict(steps=steps), grid=dict(seed=[0, 1]))
+    whole = sweep(plan | dict(grid=dict(seed=[0])), tmp_path/'whole')
+    cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, object_store_memory=80*2**20)); cluster.add_node(num_cpus=1, object_store_memory=80*2**20)
+    try:
+        killer = Thread(target=kill_once, args=(tmp_path/'s'/'seed=0', steps)); killer.start()
+        rows = sweep(plan, tmp_path/'s', cluster=cluster.address)
+        killer.join()
+    finally:
+        import ray
+        ray.shutdown(); cluster.shutdown()
+    assert (tmp_path/'s'/'killed').exists(), 'the run ended before it could be killed'
+    assert [r['state'] for r in whole + rows] == ['done']*3, rows
+    a, b = (json.loads((tmp_path/f/'seed=0'/'metrics.json').read_text()) for f in ('whole', 's'))
+    assert a == b and b['step'] == steps        # it went on from the checkpoint, to the bit
+    taken = [l['step'] for l in records.read_log(tmp_path/'s'/'seed=0', 'train')]
+    assert taken == list(range(1, steps + 1))
