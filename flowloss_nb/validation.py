@@ -12,7 +12,8 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from .clips import atomic_path, contact_sheet, take, write_video
+from safetensors.torch import save_file
+from .clips import atomic_path, contact_sheet, take, to_uint8, write_video
 from .edm import expand
 from .metrics import clip_measures, copy_first, summarise
 from .step import stream
@@ -123,6 +124,7 @@ def make_validation(
     steps:int=10,               # Heun steps of a sample; 0: no samples
     seed:int=0,                 # Seed of all noise
     size:int=8,                 # Clips in one batch
+    keep:bool=False,            # Also keep all drawn clips, byte for byte, for distances between sets
 )->Callable:                    # averaged denoiser, step → dict of numbers
     "A function that measures a denoiser on fixed clips under fixed noise."
     batches = [take(clips, indices[i:i + size]) for i in range(0, len(indices), size)]
@@ -138,6 +140,9 @@ def make_validation(
         for s in sigmas: out |= judged([denoise_clips(denoiser, codec, b, s, seed) for b in batches], f'denoise/{s:g}')
         if not steps: return out
         drawn = [sample_clips(denoiser, codec, b, steps, seed) for b in batches]
-        if run_dir: save_samples(Path(run_dir)/'samples'/f'step_{step:07d}', drawn[0], batches[0])
+        folder = run_dir and Path(run_dir)/'samples'/f'step_{step:07d}'
+        if folder: save_samples(folder, drawn[0], batches[0])
+        if folder and keep:
+            with atomic_path(folder/'drawn.safetensors') as part: save_file({'video': to_uint8(torch.cat(drawn)).cpu()}, part)
         return out | judged(drawn, 'sample')
     return torch.no_grad()(validate)
