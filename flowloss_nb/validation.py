@@ -143,6 +143,6 @@ def make_validation(
         folder = run_dir and Path(run_dir)/'samples'/f'step_{step:07d}'
         if folder: save_samples(folder, drawn[0], batches[0])
         if folder and keep:
-            with atomic_path(folder/'drawn.safetensors') as part: save_file({'video': to_uint8(torch.cat(drawn)).cpu()}, part)
+            with atomic_path(folder/'drawn.safetensors') as part: save_file({'video': to_uint8(torch.cat(drawn)).cpu().contiguous()}, part)
         return out | judged(drawn, 'sample')
     return torch.no_grad()(validate)
