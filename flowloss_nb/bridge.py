@@ -7,7 +7,7 @@ __all__ = ['thisthat_frames', 'Trajectory', 'Unusable', 'Unit', 'pass_over', 'en
            'read_picture', 'is_whole', 'count_frames', 'read_frames', 'picture_trajectory', 'look', 'raw_units',
            'raw_group', 'flat_units', 'flat_group']
 
-# %% ../nbs/03_bridge.ipynb #33b2c9d6
+# %% ../nbs/03_bridge.ipynb #e8f2c650
 import os, re
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,7 +19,7 @@ import simplejpeg
 import torch
 from torch import Tensor
 
-# %% ../nbs/03_bridge.ipynb #5e54088c
+# %% ../nbs/03_bridge.ipynb #2cb336fb
 def thisthat_frames(
     length:int,    # Frames n of the episode
     frames:int=14, # Frames T of the clip
@@ -31,7 +31,7 @@ def thisthat_frames(
     gaps[frames - 1 - extra // 2:] += 1
     return torch.cat([torch.zeros(1, dtype=torch.long), gaps.cumsum(0)])
 
-# %% ../nbs/03_bridge.ipynb #8d305f30
+# %% ../nbs/03_bridge.ipynb #cc4596af
 class Trajectory(NamedTuple):
     "One recorded attempt, or why it can't be used."
     id:str                      # Its place in the data set: the name that stays with the clip
@@ -45,7 +45,7 @@ class Trajectory(NamedTuple):
 class Unusable(Exception):
     "Raised by `read` when pictures turn out damaged: the reason, then the file."
 
-# %% ../nbs/03_bridge.ipynb #9c811d46
+# %% ../nbs/03_bridge.ipynb #c7875c43
 class Unit(NamedTuple):
     "Some trajectories that are listed and prepared together."
     name:str      # Unlike that of any other unit of the data set
@@ -60,7 +60,7 @@ def pass_over(
     "A folder or link that is left alone, told so that it can be counted."
     yield Trajectory(name, problem=reason, candidate=False)
 
-# %% ../nbs/03_bridge.ipynb #6c741702
+# %% ../nbs/03_bridge.ipynb #5906fd21
 def entries(
     folder:str|Path,  # A folder
 )->dict:              # Name -> os.DirEntry, sorted, numbers by value
@@ -76,7 +76,7 @@ def kind(
     if entry.is_symlink(): return 'link'
     return 'file' if entry.is_file(follow_symlinks=False) else 'folder' if entry.is_dir(follow_symlinks=False) else ''
 
-# %% ../nbs/03_bridge.ipynb #7c5dddf4
+# %% ../nbs/03_bridge.ipynb #cf6111ed
 def first_prompt(
     text:str, # Contents of lang.txt, or any text
 )->str:       # Empty when there is none
@@ -84,7 +84,7 @@ def first_prompt(
     lines = (' '.join(l.split()) for l in text.splitlines())
     return next((l for l in lines if l and not re.match(r'confidence\b', l, re.I)), '')
 
-# %% ../nbs/03_bridge.ipynb #c4bea45a
+# %% ../nbs/03_bridge.ipynb #856af3c4
 def read_some(
     path:str|Path,  # A file
     most:int=2**26, # Bytes at most: more is no picture of a robot
@@ -94,7 +94,7 @@ def read_some(
     if len(data) > most: raise Unusable('too large a file', str(path))
     return data
 
-# %% ../nbs/03_bridge.ipynb #df12df59
+# %% ../nbs/03_bridge.ipynb #678ee3b5
 def read_picture(
     data:bytes,   # A JPEG file, or another kind that OpenCV reads
     path:str='',  # Whose contents they are, for the report
@@ -109,7 +109,7 @@ def read_picture(
     if picture is None: raise Unusable('damaged picture', path)
     return picture
 
-# %% ../nbs/03_bridge.ipynb #de9e8870
+# %% ../nbs/03_bridge.ipynb #e070fdad
 def is_whole(
     path:str|Path, # A picture's file
 )->bool:           # False for an empty or torn one
@@ -121,17 +121,17 @@ def is_whole(
     try: return read_picture(read_some(path)) is not None
     except Unusable: return False
 
-# %% ../nbs/03_bridge.ipynb #790af6c6
+# %% ../nbs/03_bridge.ipynb #0d5dd1d1
 def count_frames(
     found:dict,    # Name -> entry, of the folder of pictures
-)->tuple[int,str]: # Their number, and what is wrong with them
+)->tuple[int,str,str]: # Their number, what is wrong with them, and with which
     "How many frames there are, if they are numbered without a gap."
     n = sum(re.fullmatch(r'im_[0-9]+\.jpg', name) is not None for name in found)
-    for i in range(n):
-        what = kind(found.get(f'im_{i}.jpg'))
-        if what != 'file': return n, 'link' if what == 'link' else 'gap in the numbering'
-        if not is_whole(found[f'im_{i}.jpg'].path): return n, 'damaged picture'
-    return n, ''
+    for name in (f'im_{i}.jpg' for i in range(n)):
+        what = kind(found.get(name))
+        if what != 'file': return n, 'link' if what == 'link' else 'gap in the numbering', name
+        if not is_whole(found[name].path): return n, 'damaged picture', name
+    return n, '', ''
 
 def read_frames(
     folder:str,   # Folder of pictures
@@ -142,7 +142,7 @@ def read_frames(
         path = os.path.join(folder, f'im_{i}.jpg')
         yield read_picture(read_some(path), path)
 
-# %% ../nbs/03_bridge.ipynb #6a1623e7
+# %% ../nbs/03_bridge.ipynb #8b076e48
 def picture_trajectory(
     folder:str, # The trajectory's folder
     id:str,     # Its name
@@ -156,10 +156,10 @@ def picture_trajectory(
     prompt = first_prompt(read_some(found['lang.txt'].path, 2**16).decode('utf-8', 'replace'))
     if not prompt: return Trajectory(id, problem='no prompt in lang.txt', where=f'{id}/lang.txt')
     pictures = os.path.join(folder, camera) if camera else folder
-    n, problem = count_frames(entries(pictures) if camera else found)
-    return Trajectory(id, prompt, n, partial(read_frames, pictures), problem)
+    n, problem, bad = count_frames(entries(pictures) if camera else found)
+    return Trajectory(id, prompt, n, partial(read_frames, pictures), problem, os.path.join(id, camera, bad) if bad else '')
 
-# %% ../nbs/03_bridge.ipynb #b31a885d
+# %% ../nbs/03_bridge.ipynb #f26525bc
 def look(
     folder:str, # As for `picture_trajectory`
     id:str,     # As well
@@ -170,7 +170,7 @@ def look(
     except Unusable as e: return Trajectory(id, problem=e.args[0])
     except OSError as e: return Trajectory(id, problem='unreadable', where=f'{id}: {e.strerror}')
 
-# %% ../nbs/03_bridge.ipynb #dab55fff
+# %% ../nbs/03_bridge.ipynb #9797c960
 def raw_units(
     root:str|Path, # Any folder above traj_group0
     camera:int|str=0, # Number of the camera, or the name of its folder
@@ -187,7 +187,7 @@ def raw_units(
             yield Unit(path, pass_over, (path, reason))
         elif what == 'folder': yield from raw_units(root, camera, path)
 
-# %% ../nbs/03_bridge.ipynb #1400df9d
+# %% ../nbs/03_bridge.ipynb #9efb4461
 def raw_group(
     root:str|Path,    # Of the tree
     under:str,        # The group's folder
@@ -203,7 +203,7 @@ def raw_group(
         for inner in (i for i in entries(entry.path) if 'depth' in i and 'images' in i):
             yield Trajectory(f'{id}/{inner}', problem='depth folder', candidate=False)
 
-# %% ../nbs/03_bridge.ipynb #a09befb4
+# %% ../nbs/03_bridge.ipynb #cb39c395
 def flat_units(
     root:str|Path,   # Folder of the numbered folders
     camera:int|str=0,# Not used: there is one camera
