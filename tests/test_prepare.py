@@ -172,7 +172,7 @@ def test_camera_sized_pictures_in_all_layouts(films, tmp_path):
     assert [e.frames.shape for e in films] == [(n, 480, 640, 3) for n in (10, 24, 60)]
     np.savez(tmp_path/'films.npz', *[e.frames for e in films], prompts=[e.prompt for e in films])
     program = ('import sys, numpy as np; from flowloss_nb.trees import Episode; from flowloss_nb.rlds import write_rlds; d = np.load(sys.argv[1])\n'
-               'write_rlds([Episode(d[f"arr_{i}"], str(p)) for i, p in enumerate(d["prompts"])], sys.argv[2])')
+               'write_rlds([Episode(d[f"arr_{i}"], str(p)) for i, p in enumerate(d["prompts"])], sys.argv[2], 3)')
     subprocess.run([sys.executable, '-c', program, str(tmp_path/'films.npz'), str(tmp_path/'tfds')], env=ENV, check=True, timeout=200, capture_output=True)
     roots = dict(raw=write_raw(films, tmp_path/'raw') and tmp_path/'raw', flat=write_flat(films, tmp_path/'flat')[0].parent,
                  v2=write_lerobot(films, tmp_path/'v2'), v3=write_lerobot3(films, tmp_path/'v3'), tfds=tmp_path/'tfds/bridge_dataset/1.0.0')
