@@ -7,8 +7,8 @@ __all__ = ['thisthat_frames', 'Trajectory', 'Unusable', 'Unit', 'pass_over', 'en
            'read_picture', 'is_whole', 'count_frames', 'read_frames', 'picture_trajectory', 'look', 'raw_units',
            'raw_group', 'flat_units', 'flat_group']
 
-# %% ../nbs/03_bridge.ipynb #e8f2c650
-import os, re
+# %% ../nbs/03_bridge.ipynb #a97bf369
+import os, re, struct
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ import simplejpeg
 import torch
 from torch import Tensor
 
-# %% ../nbs/03_bridge.ipynb #2cb336fb
+# %% ../nbs/03_bridge.ipynb #18cb6eec
 def thisthat_frames(
     length:int,    # Frames n of the episode
     frames:int=14, # Frames T of the clip
@@ -31,7 +31,7 @@ def thisthat_frames(
     gaps[frames - 1 - extra // 2:] += 1
     return torch.cat([torch.zeros(1, dtype=torch.long), gaps.cumsum(0)])
 
-# %% ../nbs/03_bridge.ipynb #cc4596af
+# %% ../nbs/03_bridge.ipynb #68656418
 class Trajectory(NamedTuple):
     "One recorded attempt, or why it can't be used."
     id:str                      # Its place in the data set: the name that stays with the clip
@@ -45,7 +45,7 @@ class Trajectory(NamedTuple):
 class Unusable(Exception):
     "Raised by `read` when pictures turn out damaged: the reason, then the file."
 
-# %% ../nbs/03_bridge.ipynb #c7875c43
+# %% ../nbs/03_bridge.ipynb #796263c0
 class Unit(NamedTuple):
     "Some trajectories that are listed and prepared together."
     name:str      # Unlike that of any other unit of the data set
@@ -60,7 +60,7 @@ def pass_over(
     "A folder or link that is left alone, told so that it can be counted."
     yield Trajectory(name, problem=reason, candidate=False)
 
-# %% ../nbs/03_bridge.ipynb #5906fd21
+# %% ../nbs/03_bridge.ipynb #7ea4a981
 def entries(
     folder:str|Path,  # A folder
 )->dict:              # Name -> os.DirEntry, sorted, numbers by value
@@ -76,7 +76,7 @@ def kind(
     if entry.is_symlink(): return 'link'
     return 'file' if entry.is_file(follow_symlinks=False) else 'folder' if entry.is_dir(follow_symlinks=False) else ''
 
-# %% ../nbs/03_bridge.ipynb #cf6111ed
+# %% ../nbs/03_bridge.ipynb #b46e0b41
 def first_prompt(
     text:str, # Contents of lang.txt, or any text
 )->str:       # Empty when there is none
@@ -84,7 +84,7 @@ def first_prompt(
     lines = (' '.join(l.split()) for l in text.splitlines())
     return next((l for l in lines if l and not re.match(r'confidence\b', l, re.I)), '')
 
-# %% ../nbs/03_bridge.ipynb #856af3c4
+# %% ../nbs/03_bridge.ipynb #288a1881
 def read_some(
     path:str|Path,  # A file
     most:int=2**26, # Bytes at most: more is no picture of a robot
@@ -94,22 +94,22 @@ def read_some(
     if len(data) > most: raise Unusable('too large a file', str(path))
     return data
 
-# %% ../nbs/03_bridge.ipynb #678ee3b5
+# %% ../nbs/03_bridge.ipynb #4db32f5b
 def read_picture(
-    data:bytes,   # A JPEG file, or another kind that OpenCV reads
+    data:bytes,   # A JPEG or PNG file
     path:str='',  # Whose contents they are, for the report
 )->np.ndarray:    # RGB uint8 (H,W,3)
     "Decode a picture, all of it or not at all."
     try:
-        if data[:2] != b'\xff\xd8': picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
-        else:
-            H, W = simplejpeg.decode_jpeg_header(data)[:2]
-            picture = simplejpeg.decode_jpeg(data) if H * W <= 2**26 else None
-    except (ValueError, cv2.error): picture = None
+        png = data[:8] == b'\x89PNG\r\n\x1a\n'
+        H, W = struct.unpack('>II', data[16:24]) if png else simplejpeg.decode_jpeg_header(data)[:2]
+        if H * W > 2**26: raise ValueError('too large')
+        picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB) if png else simplejpeg.decode_jpeg(data)
+    except (ValueError, struct.error, cv2.error): picture = None
     if picture is None: raise Unusable('damaged picture', path)
     return picture
 
-# %% ../nbs/03_bridge.ipynb #e070fdad
+# %% ../nbs/03_bridge.ipynb #6e380dba
 def is_whole(
     path:str|Path, # A picture's file
 )->bool:           # False for an empty or torn one
@@ -121,7 +121,7 @@ def is_whole(
     try: return read_picture(read_some(path)) is not None
     except Unusable: return False
 
-# %% ../nbs/03_bridge.ipynb #0d5dd1d1
+# %% ../nbs/03_bridge.ipynb #613a7b82
 def count_frames(
     found:dict,    # Name -> entry, of the folder of pictures
 )->tuple[int,str,str]: # Their number, what is wrong with them, and with which
@@ -142,7 +142,7 @@ def read_frames(
         path = os.path.join(folder, f'im_{i}.jpg')
         yield read_picture(read_some(path), path)
 
-# %% ../nbs/03_bridge.ipynb #8b076e48
+# %% ../nbs/03_bridge.ipynb #c0cceb4a
 def picture_trajectory(
     folder:str, # The trajectory's folder
     id:str,     # Its name
@@ -159,7 +159,7 @@ def picture_trajectory(
     n, problem, bad = count_frames(entries(pictures) if camera else found)
     return Trajectory(id, prompt, n, partial(read_frames, pictures), problem, os.path.join(id, camera, bad) if bad else '')
 
-# %% ../nbs/03_bridge.ipynb #f26525bc
+# %% ../nbs/03_bridge.ipynb #e73ef76f
 def look(
     folder:str, # As for `picture_trajectory`
     id:str,     # As well
@@ -170,7 +170,7 @@ def look(
     except Unusable as e: return Trajectory(id, problem=e.args[0])
     except OSError as e: return Trajectory(id, problem='unreadable', where=f'{id}: {e.strerror}')
 
-# %% ../nbs/03_bridge.ipynb #9797c960
+# %% ../nbs/03_bridge.ipynb #0de83387
 def raw_units(
     root:str|Path, # Any folder above traj_group0
     camera:int|str=0, # Number of the camera, or the name of its folder
@@ -187,7 +187,7 @@ def raw_units(
             yield Unit(path, pass_over, (path, reason))
         elif what == 'folder': yield from raw_units(root, camera, path)
 
-# %% ../nbs/03_bridge.ipynb #9efb4461
+# %% ../nbs/03_bridge.ipynb #41437cf7
 def raw_group(
     root:str|Path,    # Of the tree
     under:str,        # The group's folder
@@ -197,13 +197,14 @@ def raw_group(
     images = f'images{camera}' if isinstance(camera, int) else camera
     for name, entry in entries(os.path.join(root, under)).items():
         id = os.path.join(under, name)
-        if kind(entry) == 'link': yield Trajectory(id, problem='link')
-        if kind(entry) != 'folder' or not name.startswith('traj'): continue
-        yield look(entry.path, id, images)
+        if not name.startswith('traj') or kind(entry) not in ('folder', 'link'): continue
+        t = look(entry.path, id, images) if kind(entry) == 'folder' else Trajectory(id, problem='link')
+        yield t
+        if t.problem in ('link', 'unreadable'): continue
         for inner in (i for i in entries(entry.path) if 'depth' in i and 'images' in i):
             yield Trajectory(f'{id}/{inner}', problem='depth folder', candidate=False)
 
-# %% ../nbs/03_bridge.ipynb #cb39c395
+# %% ../nbs/03_bridge.ipynb #0b79503a
 def flat_units(
     root:str|Path,   # Folder of the numbered folders
     camera:int|str=0,# Not used: there is one camera

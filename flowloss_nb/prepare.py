@@ -6,7 +6,7 @@
 __all__ = ['SPLITS', 'PAPER', 'in_order', 'map_local', 'map_cluster', 'split_key', 'split_cuts', 'split_of', 'count_row',
            'write_manifest', 'gather', 'show_report', 'prepare', 'PreparedClips']
 
-# %% ../nbs/13g_prepare.ipynb #d81138c2
+# %% ../nbs/13g_prepare.ipynb #cb20726c
 import hashlib, itertools, json, multiprocessing, os, tempfile
 from array import array
 from bisect import bisect_right
@@ -24,7 +24,7 @@ from .records import keep_params, lock_run, write_json
 from .rlds import find_units, need
 from .strips import Recipe, begin_worker, do_unit, read_strip
 
-# %% ../nbs/13g_prepare.ipynb #3e4e45ff
+# %% ../nbs/13g_prepare.ipynb #6734678d
 def in_order(
     submit:Callable, # job -> something to wait for
     result:Callable, # that -> the job's result
@@ -38,7 +38,7 @@ def in_order(
         if len(flying) >= window: yield result(flying.popleft())
     while flying: yield result(flying.popleft())
 
-# %% ../nbs/13g_prepare.ipynb #45f5865e
+# %% ../nbs/13g_prepare.ipynb #20e4ec99
 def map_local(
     fn:Callable,           # A module's function of one job
     jobs:Iterator,         # Its jobs
@@ -52,7 +52,7 @@ def map_local(
     with ProcessPoolExecutor(workers, context, begin_worker) as pool:
         yield from in_order(partial(pool.submit, fn), Future.result, jobs, 4 * workers)
 
-# %% ../nbs/13g_prepare.ipynb #bb80f8ef
+# %% ../nbs/13g_prepare.ipynb #d6a333bf
 def map_cluster(
     fn:Callable,          # A module's function of one job
     jobs:Iterator,        # Its jobs
@@ -64,7 +64,7 @@ def map_cluster(
     run = ray.remote(max_retries=5)(fn)
     yield from in_order(run.remote, ray.get, jobs, window or 4 * max(1, int(ray.cluster_resources().get('CPU', 1))))
 
-# %% ../nbs/13g_prepare.ipynb #a8fd295a
+# %% ../nbs/13g_prepare.ipynb #00fbce37
 SPLITS = ('train', 'validation', 'test')
 
 def split_key(
@@ -75,6 +75,7 @@ def split_key(
     words = f'{seed} {id}'.encode('utf-8', 'surrogateescape')
     return int.from_bytes(hashlib.sha256(words).digest()[:8], 'big')
 
+# %% ../nbs/13g_prepare.ipynb #98e6866c
 def split_cuts(
     keys:array,              # Of all clips, any order
     shares:tuple[float,...], # Of the splits, summing to 1
@@ -92,7 +93,7 @@ def split_of(
     "The split a trajectory belongs to."
     return SPLITS[bisect_right(cuts, key)]
 
-# %% ../nbs/13g_prepare.ipynb #f6ee7dcd
+# %% ../nbs/13g_prepare.ipynb #aec7e90b
 def count_row(
     told:dict, # The report so far; changed
     row:dict,  # A line of a journal
@@ -106,6 +107,7 @@ def count_row(
             seen['count'] += 1
             if len(seen['examples']) < 10: seen['examples'].append(row.get('where') or row['id'])
 
+# %% ../nbs/13g_prepare.ipynb #e07e6ce8
 def write_manifest(
     out:Path,         # The prepared set
     kept:Iterator,    # Lines with a clip
@@ -121,6 +123,7 @@ def write_manifest(
             file.write(json.dumps(dict(id=row['id'], split=split) | row) + '\n')
     return sizes
 
+# %% ../nbs/13g_prepare.ipynb #ef73dc15
 def gather(
     out:Path,      # The prepared set
     lines:Iterator,# All units' lines, in order
@@ -140,7 +143,7 @@ def gather(
     write_json(out/'report.json', told)
     return told
 
-# %% ../nbs/13g_prepare.ipynb #f8da17a0
+# %% ../nbs/13g_prepare.ipynb #37a02913
 PAPER = dict(train=12850, validation=1838, test=3672)
 
 def show_report(
@@ -153,7 +156,7 @@ def show_report(
         for reason, seen in sorted(told[what].items()): lines.append(f"{seen['count']:6} {what}: {reason}, such as {seen['examples'][0]!a}")
     return '\n'.join(lines)
 
-# %% ../nbs/13g_prepare.ipynb #60f4fd83
+# %% ../nbs/13g_prepare.ipynb #a283a977
 def prepare(
     root:str|Path,            # Bridge v2, in any layout
     out:str|Path,             # Folder for the clips
@@ -167,6 +170,7 @@ def prepare(
 )->dict:                      # The report
     "Make clips of every usable trajectory; goes on where it was stopped."
     units, out, root = units or find_units(root), Path(out).absolute(), Path(root).absolute()
+    if out.is_relative_to(root): raise ValueError(f'{out} lies inside of {root}, which is walked: choose a folder beside it')
     made = recipe._replace(resample=recipe.resample.__name__)._asdict() | dict(root=root, camera=camera, layout=units.__name__)
     with lock_run(out):
         keep_params(out, 'prepare', made | dict(seed=seed, shares=shares), free=('seed', 'shares'))
@@ -177,7 +181,7 @@ def prepare(
     if not told['candidates']: raise ValueError(f'no trajectories in {root}, read by {units.__name__}: is it the right folder?')
     return told
 
-# %% ../nbs/13g_prepare.ipynb #47bdc3b4
+# %% ../nbs/13g_prepare.ipynb #d797dda2
 class PreparedClips(Dataset):
     "The clips of one split, read from disk when asked for."
     def __init__(self,

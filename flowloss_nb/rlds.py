@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['need', 'import_tfds', 'rlds_features', 'write_rlds', 'rlds_units', 'rlds_shard', 'rlds_episode', 'find_units']
 
-# %% ../nbs/03c_rlds.ipynb #6b7592ac
+# %% ../nbs/03c_rlds.ipynb #9c8f7f0e
 import itertools, json, os, sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -15,7 +15,7 @@ from .bridge import Trajectory, Unit, Unusable, entries, first_prompt, flat_unit
 from .lerobot import inside, lerobot_units
 from .trees import Episode
 
-# %% ../nbs/03c_rlds.ipynb #befc5972
+# %% ../nbs/03c_rlds.ipynb #251a01da
 def need(
     package:str, # What is imported
     extra:str,   # The extra that installs it
@@ -24,7 +24,7 @@ def need(
     try: return import_module(package)
     except ImportError as e: raise ImportError(f"{package} is not installed: pip install 'flowloss_nb[{extra}]'") from e
 
-# %% ../nbs/03c_rlds.ipynb #d1203344
+# %% ../nbs/03c_rlds.ipynb #1b92b8a6
 def import_tfds(): # The module tensorflow_datasets
     "TFDS, or why it can't be had."
     loaded = Path('/proc/self/maps')
@@ -32,7 +32,7 @@ def import_tfds(): # The module tensorflow_datasets
         raise RuntimeError('this process has drawn with OpenGL, where importing TensorFlow would crash it: read TFDS records in a fresh process')
     return need('tensorflow_datasets', 'rlds')
 
-# %% ../nbs/03c_rlds.ipynb #bac801cb
+# %% ../nbs/03c_rlds.ipynb #bb67b94a
 def rlds_features(
     tfds:'tensorflow_datasets', # The module
     size:tuple[int,int],        # (H,W) of the pictures
@@ -44,7 +44,7 @@ def rlds_features(
     about = dict(file_path=F.Text(), has_image_0=np.bool_, has_image_1=np.bool_)
     return F.FeaturesDict(dict(steps=F.Dataset(steps), episode_metadata=about))
 
-# %% ../nbs/03c_rlds.ipynb #93f493cb
+# %% ../nbs/03c_rlds.ipynb #253bfe1c
 def write_rlds(
     episodes:list[Episode], # Of one size
     out:str|Path,           # Folder that gets `bridge_dataset/1.0.0`
@@ -65,7 +65,7 @@ def write_rlds(
     writer.close_all()
     return folder
 
-# %% ../nbs/03c_rlds.ipynb #a2ff24a1
+# %% ../nbs/03c_rlds.ipynb #8c0a7b5b
 def rlds_units(
     root:str|Path,    # Folder with dataset_info.json, such as bridge_dataset/1.0.0
     camera:int|str=0, # Number, or name in the observations
@@ -77,7 +77,7 @@ def rlds_units(
     for split, lengths in splits:
         for shard, n in enumerate(lengths): yield Unit(f'{split}-{shard:05d}', rlds_shard, (split, shard, n, camera))
 
-# %% ../nbs/03c_rlds.ipynb #eccf1816
+# %% ../nbs/03c_rlds.ipynb #ee495f4d
 def rlds_shard(
     root:str|Path,    # Folder with dataset_info.json
     split:str,        # Its name
@@ -101,7 +101,7 @@ def rlds_shard(
     except Unusable as e: problem = e.args[0]
     for i in range(k, length): yield Trajectory(f'{split}-{shard:05d}/{i:04d}', problem=problem, where=f'{split}-{shard:05d}')
 
-# %% ../nbs/03c_rlds.ipynb #dd41e806
+# %% ../nbs/03c_rlds.ipynb #1e78e829
 def rlds_episode(
     id:str,       # Its name
     episode:dict, # From TFDS, pictures still encoded
@@ -116,7 +116,7 @@ def rlds_episode(
     def read(rows): return (read_picture(bytes(pictures[i]), id) for i in rows)
     return Trajectory(id, prompt, len(pictures), read)
 
-# %% ../nbs/03c_rlds.ipynb #686dbdf1
+# %% ../nbs/03c_rlds.ipynb #4715f05f
 def find_units(
     root:str|Path, # A data set of any layout
 )->Callable:       # `raw_units`, `flat_units`, `lerobot_units` or `rlds_units`

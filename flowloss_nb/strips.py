@@ -6,7 +6,7 @@
 __all__ = ['Recipe', 'fit', 'make_strip', 'read_strip', 'keep_clip', 'journal_path', 'read_journal', 'listed', 'do_unit',
            'bare_clip', 'begin_worker']
 
-# %% ../nbs/13f_strips.ipynb #a82cf8c5
+# %% ../nbs/13f_strips.ipynb #63a875c5
 import hashlib, json, multiprocessing, os, threading
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import wait
@@ -19,7 +19,7 @@ from .bridge import Trajectory, Unit, Unusable, read_picture
 from .clips import atomic_path, resample_frames
 from .lerobot import is_flat
 
-# %% ../nbs/13f_strips.ipynb #63f5b369
+# %% ../nbs/13f_strips.ipynb #edaba64b
 class Recipe(NamedTuple):
     "How an episode becomes a clip."
     size:tuple[int,int]=(256, 384)     # (H,W) of the clip
@@ -28,7 +28,7 @@ class Recipe(NamedTuple):
     longest:int|None=None              # Longer episodes are dropped; This&That: 56
     quality:int=95                     # Of the JPEG the clip is kept in
 
-# %% ../nbs/13f_strips.ipynb #53eaca22
+# %% ../nbs/13f_strips.ipynb #a8c601b7
 def fit(
     picture:np.ndarray,  # uint8 (H,W,3)
     size:tuple[int,int], # New (H,W)
@@ -38,7 +38,7 @@ def fit(
     if (H, W) == tuple(size): return picture
     return cv2.resize(picture, tuple(size)[::-1], interpolation=cv2.INTER_AREA if H >= size[0] and W >= size[1] else cv2.INTER_CUBIC)
 
-# %% ../nbs/13f_strips.ipynb #71672d6a
+# %% ../nbs/13f_strips.ipynb #1f21d5f5
 def make_strip(
     t:Trajectory,  # From one of the layouts
     recipe:Recipe, # What a clip is like
@@ -60,7 +60,7 @@ def read_strip(
     strip = read_picture(data)
     return strip.reshape(frames, -1, *strip.shape[1:])
 
-# %% ../nbs/13f_strips.ipynb #dfa8c6ed
+# %% ../nbs/13f_strips.ipynb #efc379bf
 def keep_clip(
     out:Path,      # The prepared set
     folder:str,    # Where this unit's clips go, below `out`
@@ -71,12 +71,13 @@ def keep_clip(
     if not t.candidate: return dict(id=t.id, passed=t.problem)
     try: strip = make_strip(t, recipe)
     except Unusable as e: return dict(id=t.id, dropped=e.args[0], where=''.join(e.args[1:]))
+    except OSError as e: return dict(id=t.id, dropped='unreadable', where=f'{t.where or t.id}: {e.strerror}')
     except Exception as e: return dict(id=t.id, dropped=f'{type(e).__name__} while reading', where=str(e)[:200])
     clip = os.path.join(folder, os.path.basename(t.id) + '.jpg')
     with atomic_path(out/clip) as part: part.write_bytes(strip)
     return dict(id=t.id, prompt=t.prompt, frames=t.length, clip=clip, bytes=len(strip))
 
-# %% ../nbs/13f_strips.ipynb #e5ee790a
+# %% ../nbs/13f_strips.ipynb #05c65503
 def journal_path(
     out:Path,  # The prepared set
     unit:Unit, # One portion
@@ -97,14 +98,15 @@ def read_journal(
     except (OSError, ValueError): return None
     return lines
 
-# %% ../nbs/13f_strips.ipynb #74f56294
+# %% ../nbs/13f_strips.ipynb #5218f101
 def listed(
     root:str|Path, # The source
     unit:Unit,     # One portion of it
 )->Iterator[Trajectory]: # Its trajectories
-    "Open a unit; if the disk fails on the way, say so and end."
+    "Open a unit; if that fails on the way, say so and end. What no unit can be opened without stops the run."
     try: yield from unit.open(root, *unit.args)
-    except (OSError, Unusable) as e: yield Trajectory(unit.name, problem=f'unreadable: {e.args[-1]}', candidate=False)
+    except (ImportError, RuntimeError, MemoryError): raise
+    except Exception as e: yield Trajectory(unit.name, problem=f'unreadable: {e}'[:200], candidate=False)
 
 def do_unit(
     job:tuple, # out, root, unit, recipe
@@ -115,10 +117,11 @@ def do_unit(
     folder = os.path.join('clips', unit.name)
     for left in (out/folder).glob('.*.tmp.jpg'): left.unlink(missing_ok=True)
     lines = [json.dumps(keep_clip(out, folder, t, recipe)) for t in listed(root, unit)]
-    with atomic_path(journal_path(out, unit)) as part: part.write_text(''.join(l + '\n' for l in lines))
+    if not any('"unreadable' in l for l in lines):
+        with atomic_path(journal_path(out, unit)) as part: part.write_text(''.join(l + '\n' for l in lines))
     return lines
 
-# %% ../nbs/13f_strips.ipynb #6cc5fc3a
+# %% ../nbs/13f_strips.ipynb #d2696e84
 def bare_clip(
     job:tuple, # folder of pictures, file to make, frames of the episode, recipe
 )->int:        # Bytes written
@@ -129,7 +132,7 @@ def bare_clip(
     strip = np.concatenate([cv2.resize(p, recipe.size[::-1], interpolation=cv2.INTER_AREA) for p in pictures])
     return Path(path).write_bytes(simplejpeg.encode_jpeg(strip, recipe.quality, 'RGB', '444'))
 
-# %% ../nbs/13f_strips.ipynb #d23c84f1
+# %% ../nbs/13f_strips.ipynb #5984200d
 def begin_worker():
     "Use one thread, and end when the parent does, however it ends."
     cv2.setNumThreads(1)

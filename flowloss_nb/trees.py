@@ -6,7 +6,7 @@
 __all__ = ['CAMERA', 'Episode', 'stretch_clip', 'film', 'write_raw', 'write_flat', 'lerobot_info', 'write_table', 'write_lerobot',
            'write_lerobot3']
 
-# %% ../nbs/02c_trees.ipynb #594c321c
+# %% ../nbs/02c_trees.ipynb #e5052b80
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -20,13 +20,13 @@ from .clips import ClipSet, write_video
 from .simulator import Studio, make_plan, write_bridge_raw
 from .world import draw_rgb, look_at, pose
 
-# %% ../nbs/02c_trees.ipynb #377e98a0
+# %% ../nbs/02c_trees.ipynb #b19ef57d
 class Episode(NamedTuple):
     "One recorded attempt."
     frames:np.ndarray # uint8 (n,H,W,3)
     prompt:str        # What the robot was asked to do
 
-# %% ../nbs/02c_trees.ipynb #68fcaebb
+# %% ../nbs/02c_trees.ipynb #a20b19c0
 def stretch_clip(
     clips:ClipSet,        # Where the clip is
     i:int,                # Its number
@@ -38,7 +38,7 @@ def stretch_clip(
     frames = [cv2.resize(f, size[::-1], interpolation=cv2.INTER_CUBIC) for f in clips.frames[i].numpy()]
     return Episode(np.stack([frames[r] for r in rows]), clips.prompts[i])
 
-# %% ../nbs/02c_trees.ipynb #50015428
+# %% ../nbs/02c_trees.ipynb #45ae3257
 def film(
     studio:Studio, # Where the episode is made
     seed:int,      # Its number
@@ -53,7 +53,7 @@ def film(
         frames.append(draw_rgb(studio.raster, size))
     return Episode(np.stack(frames), plan.prompt)
 
-# %% ../nbs/02c_trees.ipynb #f2e4513b
+# %% ../nbs/02c_trees.ipynb #67e248a5
 def write_raw(
     episodes:list[Episode], # Of any lengths
     out:str|Path,           # Folder that gets `bridge_data_v2`
@@ -67,7 +67,7 @@ def write_raw(
         folders += write_bridge_raw(clip, out, scene, f'2026-01-01_{k//3600:02d}-{k//60%60:02d}-{k%60:02d}')
     return folders
 
-# %% ../nbs/02c_trees.ipynb #4f4083b7
+# %% ../nbs/02c_trees.ipynb #f97a0cff
 def write_flat(
     episodes:list[Episode], # Of any lengths
     out:str|Path,           # Folder that gets the numbered folders
@@ -82,7 +82,7 @@ def write_flat(
         (folder/'policy_out.pkl').write_bytes(b'never opened')
     return folders
 
-# %% ../nbs/02c_trees.ipynb #457ce78b
+# %% ../nbs/02c_trees.ipynb #e7cf4ed0
 CAMERA = 'observation.images.image_0'
 
 def lerobot_info(
@@ -96,7 +96,7 @@ def lerobot_info(
     features = {CAMERA: camera, 'observation.state': dict(dtype='float32', shape=[7])}
     return dict(codebase_version=version, fps=5, chunks_size=1000, data_path=data, video_path=video, features=features)
 
-# %% ../nbs/02c_trees.ipynb #ef22e69b
+# %% ../nbs/02c_trees.ipynb #6ab862b6
 def write_table(
     path:Path,  # File to make, .parquet
     rows:list,  # One dict a row
@@ -106,7 +106,7 @@ def write_table(
     pq.write_table(pa.Table.from_pylist(rows), path)
     return path
 
-# %% ../nbs/02c_trees.ipynb #9949c2be
+# %% ../nbs/02c_trees.ipynb #5dd8c888
 def write_lerobot(
     episodes:list[Episode], # Of one size
     out:str|Path,           # The data set's folder
@@ -125,7 +125,7 @@ def write_lerobot(
     (out/'meta/episodes.jsonl').write_text(''.join(json.dumps(l) + '\n' for l in lines))
     return out
 
-# %% ../nbs/02c_trees.ipynb #6236f229
+# %% ../nbs/02c_trees.ipynb #687afa81
 def write_lerobot3(
     episodes:list[Episode], # Of one size
     out:str|Path,           # The data set's folder
