@@ -6,7 +6,7 @@
 __all__ = ['inside', 'fill_template', 'read_info', 'video_key', 'episode_row', 'raw_rows', 'lerobot_units', 'read_stretch',
            'is_flat', 'lerobot_episode', 'lerobot_group']
 
-# %% ../nbs/03b_lerobot.ipynb #bf127f57
+# %% ../nbs/03b_lerobot.ipynb #1bfd97cd
 import itertools, json, os, re
 from collections.abc import Iterator
 from functools import partial
@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from av.video.reformatter import VideoReformatter
 from .bridge import Trajectory, Unit, Unusable, entries, first_prompt, kind, read_some
 
-# %% ../nbs/03b_lerobot.ipynb #bed2cce3
+# %% ../nbs/03b_lerobot.ipynb #2003d14e
 def inside(
     root:str|Path, # The data set's folder
     path:str,      # A path below it, from an untrusted file
@@ -30,7 +30,7 @@ def inside(
     if os.path.realpath(whole) != whole: raise Unusable('link', path)
     return whole
 
-# %% ../nbs/03b_lerobot.ipynb #86aefcc1
+# %% ../nbs/03b_lerobot.ipynb #d3518aad
 def fill_template(
     template:str, # From info.json
     **values,     # What its names stand for
@@ -41,7 +41,7 @@ def fill_template(
         raise Unusable('template not understood', template)
     return template.format(**values)
 
-# %% ../nbs/03b_lerobot.ipynb #e55c16ef
+# %% ../nbs/03b_lerobot.ipynb #53244f64
 def read_info(
     root:str|Path, # The data set's folder
 )->dict:           # With 'features', 'fps', 'data_path', 'video_path'
@@ -63,7 +63,7 @@ def video_key(
     if not found: raise ValueError(f'no camera {camera!r}: there are {keys}')
     return found[0]
 
-# %% ../nbs/03b_lerobot.ipynb #4f39ead2
+# %% ../nbs/03b_lerobot.ipynb #2b6e6a3d
 def episode_row(
     info:dict, # From `read_info`
     key:str,   # Camera
@@ -77,7 +77,7 @@ def episode_row(
                 table=fill_template(info['data_path'], **place('data')), video=fill_template(info['video_path'], **place(f'videos/{key}')),
                 start=float(row.get(f'videos/{key}/from_timestamp') or 0))
 
-# %% ../nbs/03b_lerobot.ipynb #5ca7f257
+# %% ../nbs/03b_lerobot.ipynb #e55f9862
 def raw_rows(
     root:str|Path, # The data set's folder
     key:str,       # Camera
@@ -97,7 +97,7 @@ def raw_rows(
                 for row in batch.to_pylist(): yield path, row
         except (pa.ArrowException, OSError, Unusable): yield path, None
 
-# %% ../nbs/03b_lerobot.ipynb #83a678f4
+# %% ../nbs/03b_lerobot.ipynb #03d65d20
 def lerobot_units(
     root:str|Path,    # The data set's folder
     camera:int|str=0, # Number, or name of the feature
@@ -117,7 +117,7 @@ def lerobot_units(
     rows = (understood(*found) for found in raw_rows(root, key))
     while some := list(itertools.islice(rows, portion)): yield Unit(f"from {some[0]['id']}", lerobot_group, (float(info['fps']), *some))
 
-# %% ../nbs/03b_lerobot.ipynb #2d4f51c7
+# %% ../nbs/03b_lerobot.ipynb #517062b8
 def read_stretch(
     path:str,      # The video
     start:float,   # Where the episode begins, seconds
@@ -140,14 +140,14 @@ def read_stretch(
     if len(found) < len(rows): raise Unusable('empty camera' if all(map(is_flat, found)) and found else 'damaged video', path)
     yield from found
 
-# %% ../nbs/03b_lerobot.ipynb #60cdccc5
+# %% ../nbs/03b_lerobot.ipynb #49cb733c
 def is_flat(
     picture:np.ndarray, # uint8, any shape
 )->bool:                # True for one colour
     "Does a picture show nothing?"
     return int(picture.max()) - int(picture.min()) <= 8
 
-# %% ../nbs/03b_lerobot.ipynb #49e9ff59
+# %% ../nbs/03b_lerobot.ipynb #4a40e234
 def lerobot_episode(
     root:str|Path, # The data set's folder
     fps:float,     # Frames a second

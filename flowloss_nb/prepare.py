@@ -6,7 +6,7 @@
 __all__ = ['SPLITS', 'PAPER', 'in_order', 'map_local', 'map_cluster', 'split_key', 'split_cuts', 'split_of', 'count_row',
            'write_manifest', 'gather', 'show_report', 'prepare', 'PreparedClips']
 
-# %% ../nbs/13g_prepare.ipynb #cb20726c
+# %% ../nbs/13g_prepare.ipynb #8ce91645
 import hashlib, itertools, json, multiprocessing, os, tempfile
 from array import array
 from bisect import bisect_right
@@ -24,7 +24,7 @@ from .records import keep_params, lock_run, write_json
 from .rlds import find_units, need
 from .strips import Recipe, begin_worker, do_unit, read_strip
 
-# %% ../nbs/13g_prepare.ipynb #6734678d
+# %% ../nbs/13g_prepare.ipynb #6dfe6c66
 def in_order(
     submit:Callable, # job -> something to wait for
     result:Callable, # that -> the job's result
@@ -38,7 +38,7 @@ def in_order(
         if len(flying) >= window: yield result(flying.popleft())
     while flying: yield result(flying.popleft())
 
-# %% ../nbs/13g_prepare.ipynb #20e4ec99
+# %% ../nbs/13g_prepare.ipynb #90caba7a
 def map_local(
     fn:Callable,           # A module's function of one job
     jobs:Iterator,         # Its jobs
@@ -52,7 +52,7 @@ def map_local(
     with ProcessPoolExecutor(workers, context, begin_worker) as pool:
         yield from in_order(partial(pool.submit, fn), Future.result, jobs, 4 * workers)
 
-# %% ../nbs/13g_prepare.ipynb #d6a333bf
+# %% ../nbs/13g_prepare.ipynb #30e50fd0
 def map_cluster(
     fn:Callable,          # A module's function of one job
     jobs:Iterator,        # Its jobs
@@ -64,7 +64,7 @@ def map_cluster(
     run = ray.remote(max_retries=5)(fn)
     yield from in_order(run.remote, ray.get, jobs, window or 4 * max(1, int(ray.cluster_resources().get('CPU', 1))))
 
-# %% ../nbs/13g_prepare.ipynb #00fbce37
+# %% ../nbs/13g_prepare.ipynb #daeea4cf
 SPLITS = ('train', 'validation', 'test')
 
 def split_key(
@@ -75,7 +75,7 @@ def split_key(
     words = f'{seed} {id}'.encode('utf-8', 'surrogateescape')
     return int.from_bytes(hashlib.sha256(words).digest()[:8], 'big')
 
-# %% ../nbs/13g_prepare.ipynb #98e6866c
+# %% ../nbs/13g_prepare.ipynb #f456503d
 def split_cuts(
     keys:array,              # Of all clips, any order
     shares:tuple[float,...], # Of the splits, summing to 1
@@ -93,7 +93,7 @@ def split_of(
     "The split a trajectory belongs to."
     return SPLITS[bisect_right(cuts, key)]
 
-# %% ../nbs/13g_prepare.ipynb #aec7e90b
+# %% ../nbs/13g_prepare.ipynb #cdbd62c3
 def count_row(
     told:dict, # The report so far; changed
     row:dict,  # A line of a journal
@@ -105,9 +105,9 @@ def count_row(
         if what in row:
             seen = told[what].setdefault(row[what], dict(count=0, examples=[]))
             seen['count'] += 1
-            if len(seen['examples']) < 10: seen['examples'].append(row.get('where') or row['id'])
+            if len(seen['examples']) < 10: seen['examples'].append(os.fsencode(row.get('where') or row['id']).decode('utf-8', 'backslashreplace'))
 
-# %% ../nbs/13g_prepare.ipynb #e07e6ce8
+# %% ../nbs/13g_prepare.ipynb #9632c550
 def write_manifest(
     out:Path,         # The prepared set
     kept:Iterator,    # Lines with a clip
@@ -123,7 +123,7 @@ def write_manifest(
             file.write(json.dumps(dict(id=row['id'], split=split) | row) + '\n')
     return sizes
 
-# %% ../nbs/13g_prepare.ipynb #ef73dc15
+# %% ../nbs/13g_prepare.ipynb #f3a9db5f
 def gather(
     out:Path,      # The prepared set
     lines:Iterator,# All units' lines, in order
@@ -143,7 +143,7 @@ def gather(
     write_json(out/'report.json', told)
     return told
 
-# %% ../nbs/13g_prepare.ipynb #37a02913
+# %% ../nbs/13g_prepare.ipynb #a708239b
 PAPER = dict(train=12850, validation=1838, test=3672)
 
 def show_report(
@@ -156,7 +156,7 @@ def show_report(
         for reason, seen in sorted(told[what].items()): lines.append(f"{seen['count']:6} {what}: {reason}, such as {seen['examples'][0]!a}")
     return '\n'.join(lines)
 
-# %% ../nbs/13g_prepare.ipynb #a283a977
+# %% ../nbs/13g_prepare.ipynb #0ff0105e
 def prepare(
     root:str|Path,            # Bridge v2, in any layout
     out:str|Path,             # Folder for the clips
@@ -181,7 +181,7 @@ def prepare(
     if not told['candidates']: raise ValueError(f'no trajectories in {root}, read by {units.__name__}: is it the right folder?')
     return told
 
-# %% ../nbs/13g_prepare.ipynb #d797dda2
+# %% ../nbs/13g_prepare.ipynb #a3b34991
 class PreparedClips(Dataset):
     "The clips of one split, read from disk when asked for."
     def __init__(self,

@@ -6,7 +6,7 @@
 __all__ = ['Recipe', 'fit', 'make_strip', 'read_strip', 'keep_clip', 'journal_path', 'read_journal', 'listed', 'do_unit',
            'bare_clip', 'begin_worker']
 
-# %% ../nbs/13f_strips.ipynb #63a875c5
+# %% ../nbs/13f_strips.ipynb #0e9e6c13
 import hashlib, json, multiprocessing, os, threading
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import wait
@@ -19,7 +19,7 @@ from .bridge import Trajectory, Unit, Unusable, read_picture
 from .clips import atomic_path, resample_frames
 from .lerobot import is_flat
 
-# %% ../nbs/13f_strips.ipynb #edaba64b
+# %% ../nbs/13f_strips.ipynb #f70ab8f3
 class Recipe(NamedTuple):
     "How an episode becomes a clip."
     size:tuple[int,int]=(256, 384)     # (H,W) of the clip
@@ -28,7 +28,7 @@ class Recipe(NamedTuple):
     longest:int|None=None              # Longer episodes are dropped; This&That: 56
     quality:int=95                     # Of the JPEG the clip is kept in
 
-# %% ../nbs/13f_strips.ipynb #a8c601b7
+# %% ../nbs/13f_strips.ipynb #92e6d0e2
 def fit(
     picture:np.ndarray,  # uint8 (H,W,3)
     size:tuple[int,int], # New (H,W)
@@ -38,7 +38,7 @@ def fit(
     if (H, W) == tuple(size): return picture
     return cv2.resize(picture, tuple(size)[::-1], interpolation=cv2.INTER_AREA if H >= size[0] and W >= size[1] else cv2.INTER_CUBIC)
 
-# %% ../nbs/13f_strips.ipynb #1f21d5f5
+# %% ../nbs/13f_strips.ipynb #526ae162
 def make_strip(
     t:Trajectory,  # From one of the layouts
     recipe:Recipe, # What a clip is like
@@ -60,7 +60,7 @@ def read_strip(
     strip = read_picture(data)
     return strip.reshape(frames, -1, *strip.shape[1:])
 
-# %% ../nbs/13f_strips.ipynb #efc379bf
+# %% ../nbs/13f_strips.ipynb #913138cf
 def keep_clip(
     out:Path,      # The prepared set
     folder:str,    # Where this unit's clips go, below `out`
@@ -77,7 +77,7 @@ def keep_clip(
     with atomic_path(out/clip) as part: part.write_bytes(strip)
     return dict(id=t.id, prompt=t.prompt, frames=t.length, clip=clip, bytes=len(strip))
 
-# %% ../nbs/13f_strips.ipynb #05c65503
+# %% ../nbs/13f_strips.ipynb #d9711bc8
 def journal_path(
     out:Path,  # The prepared set
     unit:Unit, # One portion
@@ -98,7 +98,7 @@ def read_journal(
     except (OSError, ValueError): return None
     return lines
 
-# %% ../nbs/13f_strips.ipynb #5218f101
+# %% ../nbs/13f_strips.ipynb #5dfc46a8
 def listed(
     root:str|Path, # The source
     unit:Unit,     # One portion of it
@@ -121,7 +121,7 @@ def do_unit(
         with atomic_path(journal_path(out, unit)) as part: part.write_text(''.join(l + '\n' for l in lines))
     return lines
 
-# %% ../nbs/13f_strips.ipynb #d2696e84
+# %% ../nbs/13f_strips.ipynb #f8502e4d
 def bare_clip(
     job:tuple, # folder of pictures, file to make, frames of the episode, recipe
 )->int:        # Bytes written
@@ -132,7 +132,7 @@ def bare_clip(
     strip = np.concatenate([cv2.resize(p, recipe.size[::-1], interpolation=cv2.INTER_AREA) for p in pictures])
     return Path(path).write_bytes(simplejpeg.encode_jpeg(strip, recipe.quality, 'RGB', '444'))
 
-# %% ../nbs/13f_strips.ipynb #5984200d
+# %% ../nbs/13f_strips.ipynb #a2c22712
 def begin_worker():
     "Use one thread, and end when the parent does, however it ends."
     cv2.setNumThreads(1)
