@@ -8,20 +8,20 @@ __all__ = ['TrainState', 'load_weights', 'save_state', 'restore_state', 'begin',
            'due', 'make_accelerator', 'progress_bar', 'train', 'load_ema', 'step_cost']
 
 # %% ../nbs/14_trainer.ipynb #c003
-import copy, math, time
+import copy, math, sys, time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
+from types import ModuleType
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 from .clips import batch_indices, check_batch, take
 from .records import append_log, cut_log, keep_params, list_checkpoints, lock_run, read_log
@@ -29,6 +29,10 @@ from .records import latest_checkpoint, load_checkpoint, save_checkpoint
 from .scale import Stopped, end_asked, make_adam, restore_scaler, scaler_state, set_state, shard, sliced, whole
 from .step import FREE, TrainParams, check_params, draw_sigma, ema_decay, gradient_norms
 from .step import learning_rate, merge_scalars, places, scalars, step_losses, stream, update_ema
+
+# %% ../nbs/14_trainer.ipynb #a85ad563
+sys.modules.setdefault('tensorboard.compat.notf', ModuleType('notf'))
+from torch.utils.tensorboard import SummaryWriter
 
 # %% ../nbs/14_trainer.ipynb #c011
 @dataclass

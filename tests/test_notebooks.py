@@ -81,7 +81,8 @@ def test_every_module_has_a_notebook():
 
 def test_import_is_light(project):
     "The library imports neither what runs notebooks nor what simulates or schedules."
-    heavy = {'papermill', 'ray', 'mujoco', 'metaworld', 'gymnasium', 'IPython', 'ipykernel', 'jupyter_client', 'jupyterlab', 'ipywidgets', 'nbdev', 'nbformat'}
+    heavy = {'papermill', 'ray', 'mujoco', 'metaworld', 'gymnasium', 'IPython', 'ipykernel', 'jupyter_client', 'jupyterlab', 'ipywidgets', 'nbdev', 'nbformat',
+             'tensorflow', 'tensorflow_datasets'}
     modules = [m for m in map(module, notebooks()) if m]
     program = '\n'.join(['import importlib, sys', f'for m in {modules}:', '    importlib.import_module(f"flowloss_nb.{m}")',
                          f'    bad = {heavy} & sys.modules.keys()', '    assert not bad, f"flowloss_nb.{m} imports {sorted(bad)}"'])

@@ -1,0 +1,207 @@
+"""Preparing Bridge v2: killed at any moment, by many processes or machines, from any layout: the same bytes.
+
+As a script this file prepares once; or it imports everything once and forks runs that die at a certain call of a function that writes.
+"""
+import json, os, random, signal, subprocess, sys, time
+from functools import partial
+from pathlib import Path
+import numpy as np
+import pytest
+from conftest import needs_system
+from flowloss_nb.bridge import thisthat_frames
+from flowloss_nb.clips import check_batch, resample_frames, take, to_float
+from flowloss_nb.metaworld import load_clips
+from flowloss_nb.prepare import PreparedClips, map_cluster, map_local, prepare
+from flowloss_nb.simulator import FIXED, Studio
+from flowloss_nb.strips import Recipe
+from flowloss_nb.trees import film, stretch_clip, write_flat, write_lerobot, write_lerobot3, write_raw
+from flowloss_nb.world import why_not
+
+SMALL, ALONE = Recipe((64, 96)), partial(map_local, workers=1)
+ENV = os.environ | {'OMP_NUM_THREADS': '1', 'TF_CPP_MIN_LOG_LEVEL': '3', 'RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO': '0',
+                    'PYTHONPATH': os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)])}
+
+def episodes(n, size=(60, 80)):
+    clips = load_clips('train', 'fixed')
+    return [stretch_clip(clips, i, 10 + 7*i % 50, size) for i in range(n)] # the first is too short
+
+def contents(out):
+    "All files but the lock: name -> bytes. Debris would show here."
+    return {p.relative_to(out).as_posix(): p.read_bytes() for p in sorted(out.rglob('*')) if p.is_file() and p.name != 'lock'}
+
+@pytest.fixture(scope='module')
+def tree(tmp_path_factory):
+    "A raw tree with damage."
+    root = tmp_path_factory.mktemp('bridge')
+    folders = write_raw(episodes(24), root/'tree')
+    (folders[3]/'lang.txt').unlink()
+    (folders[4]/'images0/im_2.jpg').write_bytes(b'')
+    (folders[5]/'images0/im_0.jpg').unlink()
+    return root/'tree'
+
+@pytest.fixture(scope='module')
+def whole(tree):
+    "What an unbroken run by one process leaves."
+    prepare(tree, tree.parent/'whole', SMALL, run=ALONE, progress=False)
+    return contents(tree.parent/'whole')
+
+def start(tree, out, *words):
+    return subprocess.Popen([sys.executable, __file__, str(tree), str(out), *words], env=ENV, stderr=subprocess.PIPE, start_new_session=True)
+
+def end(process, expected=0):
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == expected, err.decode()[-3000:]
+
+# ---- the script
+
+def die_at(what, n):
+    "Let the n-th call of a function that writes be the process's last: half done, or just done if n is negative."
+    from flowloss_nb import prepare as p, strips
+    owner, name = dict(replace=(os, 'replace'), clip=(Path, 'write_bytes'), journal=(Path, 'write_text'), manifest=(p, 'write_manifest'), report=(p, 'write_json'))[what]
+    real, calls = getattr(owner, name), iter(range(1, 10**6))
+    def call(*a, **k):
+        if next(calls) != abs(n): return real(*a, **k)
+        if n < 0: real(*a, **k)
+        elif what in ('clip', 'journal'): real(a[0], a[1][:len(a[1])//2])
+        os.kill(os.getpid(), signal.SIGKILL)
+    setattr(owner, name, call)
+
+def fork(tree, out, moment=None):
+    "A run in a fork of this process; tells how it ended."
+    if pid := os.fork(): return os.waitpid(pid, 0)[1]
+    try:
+        if moment: die_at(*moment)
+        prepare(tree, out, SMALL, run=ALONE, progress=False)
+        os._exit(0)
+    finally: os._exit(1)
+
+# ---- killed
+
+MOMENTS = [('clip', 1), ('clip', 7), ('replace', 2), ('replace', -4), ('journal', 3), ('replace', -9), ('manifest', 1), ('manifest', -1), ('report', 1), ('report', -1)]
+
+def test_killed_while_writing(tree, whole, tmp_path):
+    "One folder is killed at every moment in turn, half-way through a file or between two, and then ends as if nothing had been."
+    end(start(tree, tmp_path/'out', 'moments'))
+    assert contents(tmp_path/'out') == whole
+
+def test_killed_with_workers(tree, whole, tmp_path):
+    "Two workers; the parent is killed at random moments, and the workers end with it."
+    dice, out, alive = random.Random(), tmp_path/'out', 0
+    for _ in range(2):
+        before = len(list(out.rglob('*.jpg')))
+        run = start(tree, out)
+        while run.poll() is None and len(list(out.rglob('*.jpg'))) < before + 3: time.sleep(.002)
+        time.sleep(dice.uniform(0, .03))
+        alive += run.poll() is None
+        os.kill(run.pid, signal.SIGKILL); run.communicate()
+        until = time.time() + 20
+        while group_lives(run.pid) and time.time() < until: time.sleep(.05)
+        assert not group_lives(run.pid), 'workers outlived their parent'
+    assert alive, 'the run ended before it was killed'
+    end(start(tree, out))
+    assert contents(out) == whole | {'params.json': contents(out)['params.json']}
+    assert json.loads(contents(out)['params.json']) == json.loads(whole['params.json'])
+
+def group_lives(group):
+    "Is a process of this group left, zombies not counted?"
+    for stat in Path('/proc').glob('[0-9]*/stat'):
+        try: state, _, pgrp = stat.read_text().rsplit(')', 1)[1].split()[:3]
+        except (OSError, ValueError): continue
+        if int(pgrp) == group and state != 'Z': return True
+    return False
+
+def test_full_disk_stops_and_goes_on(tree, whole, tmp_path, monkeypatch):
+    real, calls = Path.write_bytes, iter(range(10**6))
+    def full(path, data):
+        if next(calls) == 5: real(path, data[:100]); raise OSError(28, 'No space left on device')
+        return real(path, data)
+    monkeypatch.setattr(Path, 'write_bytes', full)
+    with pytest.raises(OSError, match='No space left'): prepare(tree, tmp_path, SMALL, run=ALONE, progress=False)
+    assert not (tmp_path/'manifest.jsonl').exists() and not list(tmp_path.rglob('*.tmp.*'))
+    monkeypatch.undo()
+    prepare(tree, tmp_path, SMALL, run=ALONE, progress=False)
+    assert contents(tmp_path) == whole
+
+# ---- many processes, many machines
+
+def test_workers_and_cluster_give_the_same_bytes(tree, whole, tmp_path):
+    prepare(tree, tmp_path/'two', SMALL, run=partial(map_local, workers=2), progress=False)
+    assert contents(tmp_path/'two') == whole
+
+def where(job):
+    "A job that tells the node it ran on."
+    import ray
+    time.sleep(.2)
+    return ray.get_runtime_context().get_node_id()
+
+def test_cluster_of_two_nodes(tree, whole, tmp_path, monkeypatch):
+    "Ray: both nodes work; one is taken away meanwhile, and the bytes are the same."
+    ray = pytest.importorskip('ray')
+    from ray.cluster_utils import Cluster
+    for k in ('PYTHONPATH', 'OMP_NUM_THREADS', 'RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO'): monkeypatch.setenv(k, ENV[k])
+    small = dict(object_store_memory=80 * 2**20, include_dashboard=False)
+    cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=1, **small))
+    try:
+        second = cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+        cluster.wait_for_nodes()
+        ray.init(address=cluster.address, log_to_driver=False)
+        assert len(set(map_cluster(where, iter(range(8))))) == 2
+        def loses_a_node(fn, jobs):
+            for i, lines in enumerate(map_cluster(fn, jobs, window=8)):
+                if i == 3: cluster.remove_node(second, allow_graceful=False)
+                yield lines
+        prepare(tree, tmp_path/'out', SMALL, run=loses_a_node, progress=False)
+        assert contents(tmp_path/'out') == whole
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+# ---- true pictures, every layout
+
+@pytest.fixture(scope='module')
+def films():
+    "Meta-World episodes of 10, 24 and 60 frames, drawn at 480×640."
+    needs_system(not why_not(), f'nothing can be drawn: {why_not()}')
+    studio = Studio('drawer-close-v3', FIXED, (160, 240), 10)
+    made = [film(studio, 1080 + i, n) for i, n in enumerate((10, 24, 60))]
+    studio.close()
+    return made
+
+def test_camera_sized_pictures_in_all_layouts(films, tmp_path):
+    "The paper's clips from 480×640, by both rules; 10 frames are too few. TFDS is written and read in processes of their own."
+    assert [e.frames.shape for e in films] == [(n, 480, 640, 3) for n in (10, 24, 60)]
+    np.savez(tmp_path/'films.npz', *[e.frames for e in films], prompts=[e.prompt for e in films])
+    program = ('import sys, numpy as np; from flowloss_nb.trees import Episode; from flowloss_nb.rlds import write_rlds; d = np.load(sys.argv[1])\n'
+               'write_rlds([Episode(d[f"arr_{i}"], str(p)) for i, p in enumerate(d["prompts"])], sys.argv[2], 3)')
+    subprocess.run([sys.executable, '-c', program, str(tmp_path/'films.npz'), str(tmp_path/'tfds')], env=ENV, check=True, timeout=200, capture_output=True)
+    roots = dict(raw=write_raw(films, tmp_path/'raw') and tmp_path/'raw', flat=write_flat(films, tmp_path/'flat')[0].parent,
+                 v2=write_lerobot(films, tmp_path/'v2'), v3=write_lerobot3(films, tmp_path/'v3'), tfds=tmp_path/'tfds/bridge_dataset/1.0.0')
+    for name, root in roots.items():
+        out, run = tmp_path/'out'/name, partial(map_local, workers=2) if name == 'tfds' else ALONE # workers are forked from a process without OpenGL
+        told = prepare(root, out, shares=(1, 0, 0), run=run, progress=False)
+        assert (told['candidates'], told['kept'], told['dropped']['too few frames']['count']) == (3, 2, 1), name
+        batch = check_batch(take(PreparedClips(out, 'train'), [0, 1]), frames=14, size=(256, 384))
+        assert batch['prompt'] == [e.prompt for e in films[1:]]
+        for video, e in zip(batch['video'], films[1:]):
+            truth = to_float(e.frames[resample_frames(len(e.frames))]).flatten(0, 1)
+            true = torch_area(truth, (256, 384)).reshape(video.shape)
+            assert (video - true).abs().mean() * 127.5 < 3, name
+    prepare(roots['raw'], tmp_path/'out/thisthat', Recipe(resample=thisthat_frames, longest=56), run=ALONE, progress=False)
+    told = json.loads((tmp_path/'out/thisthat/report.json').read_text())
+    assert (told['kept'], told['dropped']['too many frames']['count']) == (1, 1)
+
+def torch_area(x, size):
+    import torch
+    return torch.nn.functional.interpolate(x[:, None], size, mode='area')[:, 0]
+
+def test_tensorflow_after_opengl_is_refused(films):
+    "A sentence in place of a crash."
+    from flowloss_nb.rlds import import_tfds
+    with pytest.raises(RuntimeError, match='fresh process'): import_tfds()
+
+if __name__ == '__main__':
+    tree, out = map(Path, sys.argv[1:3])
+    if 'moments' in sys.argv:
+        ends = [fork(tree, out, m) for m in [*MOMENTS, None]]
+        assert ends == [signal.SIGKILL] * len(MOMENTS) + [0], ends
+    else: prepare(tree, out, SMALL, run=partial(map_local, workers=2), progress=False)
