@@ -1,5 +1,6 @@
-"JupyterLab in a real browser opens a notebook of ours and runs it from top to bottom."
+"JupyterLab in a real browser opens notebooks of ours and runs them from top to bottom; sliders move, pictures follow."
 import json, os, shutil, socket, subprocess, sys, time, urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 import pytest
 from conftest import needs_system
@@ -30,35 +31,79 @@ def wait_for(url: str, process: subprocess.Popen, log: Path):
         except OSError: time.sleep(0.5)
     pytest.fail(f'JupyterLab did not answer:\n{log.read_text()[-3000:]}')
 
-@pytest.fixture
-def lab(tmp_path):
-    "A running JupyterLab whose folder holds one notebook of ours, without its outputs."
-    notebook = json.loads((NBS/'00_paper.ipynb').read_text())
-    for cell in notebook['cells']:
+def without_outputs(notebook: Path) -> str:
+    "The notebook as one gets it who clears all outputs."
+    read = json.loads(notebook.read_text())
+    for cell in read['cells']:
         if cell['cell_type'] == 'code': cell['outputs'] = []
-    root, log = tmp_path/'root', tmp_path/'lab.log'
-    root.mkdir(); (root/'paper.ipynb').write_text(json.dumps(notebook))
+    return json.dumps(read)
+
+@pytest.fixture(scope='module')
+def lab(tmp_path_factory):
+    "A running JupyterLab, and its folder with two notebooks of ours."
+    folder = tmp_path_factory.mktemp('lab')
+    root, log = folder/'root', folder/'lab.log'
+    root.mkdir()
+    for name in ('00_paper', 'experiments/explore'): (root/f'{Path(name).name}.ipynb').write_text(without_outputs(NBS/f'{name}.ipynb'))
     port = free_port()
     command = [sys.executable, '-m', 'jupyterlab', *LAB_FLAGS, f'--port={port}', f'--ServerApp.root_dir={root}']
-    env = os.environ | home(tmp_path) | dict(PYTHONPATH=str(ROOT))
+    env = os.environ | home(folder) | dict(PYTHONPATH=str(ROOT))
     with log.open('w') as out: process = subprocess.Popen(command, env=env, stdout=out, stderr=out)
     try:
         wait_for(url := f'http://127.0.0.1:{port}', process, log)
-        yield url
+        yield url, root
     finally: process.terminate(); process.wait(30)
 
-def test_lab_runs_a_notebook(request):
-    needs_system(CHROMIUM, 'no Chromium: apt-get install chromium')
-    url = request.getfixturevalue('lab')
+@contextmanager
+def running(url: str, notebook: str):
+    "A page of the browser in which this notebook has been told to run; at the end, nothing in it may have gone wrong."
     from playwright.sync_api import expect, sync_playwright
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
-        page = browser.new_page(viewport=dict(width=1300, height=900))
-        page.goto(f'{url}/lab/tree/paper.ipynb?reset', wait_until='domcontentloaded')
+        page = browser.new_page(viewport=dict(width=1400, height=1100))
+        page.goto(f'{url}/lab/tree/{notebook}.ipynb?reset', wait_until='domcontentloaded')
         page.get_by_text('Python 3 (ipykernel) | Idle').wait_for(timeout=120_000)  # before that, Run All asks for a kernel
         page.get_by_role('menuitem', name='Run', exact=True).click()
         page.get_by_text('Run All Cells', exact=True).click()
-        outputs = page.locator('.jp-OutputArea-output')
-        expect(outputs.get_by_text('36.0')).to_be_visible(timeout=120_000)  # the share of steps below ψ = 1
-        expect(page.locator('[data-mime-type="application/vnd.jupyter.stderr"]')).to_have_count(0)
+        yield page
+        for wrong in ('stderr', 'error'): expect(page.locator(f'[data-mime-type="application/vnd.jupyter.{wrong}"]')).to_have_count(0)
         browser.close()
+
+def until(true, what: str, seconds: float = 120):
+    "Wait for something that the browser does not announce."
+    end = time.time() + seconds
+    while not true():
+        assert time.time() < end, f'{what}: not within {seconds} s'
+        time.sleep(.05)
+
+def shown(page) -> str:
+    "The bytes of the explorer's picture, as the browser has them."
+    return page.evaluate("""async () => {
+        const bytes = await (await fetch(document.querySelector('img.widget-image').src)).arrayBuffer()
+        return btoa(Array.from(new Uint8Array(bytes), b => String.fromCharCode(b)).join(''))
+    }""")
+
+def test_lab_runs_a_notebook(request):
+    needs_system(CHROMIUM, 'no Chromium: apt-get install chromium')
+    url, _ = request.getfixturevalue('lab')
+    from playwright.sync_api import expect
+    with running(url, '00_paper') as page:
+        expect(page.locator('.jp-OutputArea-output').get_by_text('36.0')).to_be_visible(timeout=120_000)  # the share of steps below ψ = 1
+
+def test_explorer_follows_its_controls(request):
+    "Each slider, moved by its keys, changes the picture; so does playing the clip."
+    needs_system(CHROMIUM, 'no Chromium: apt-get install chromium')
+    url, root = request.getfixturevalue('lab')
+    with running(url, 'explore') as page:
+        page.locator('img.widget-image').wait_for(timeout=120_000)
+        until((root/'runs/explore/metrics.json').exists, 'the notebook has run')
+        page.locator('img.widget-image').scroll_into_view_if_needed()
+        seen = [shown(page)]
+        def changes(what):
+            until(lambda: shown(page) not in seen, f'{what}: another picture', 30)
+            seen.append(shown(page))
+        for slider in ('frame t', 'gate ψ', 'noise σ'):
+            page.locator('.widget-hslider').filter(has_text=slider).get_by_role('slider').press('ArrowRight')
+            changes(slider)
+        page.locator('.widget-play button').first.click()
+        changes('play'); changes('play')
