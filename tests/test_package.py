@@ -16,7 +16,7 @@ def foreign(nodes) -> set[str]:
     imports = [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names]
     imports += [n.module for n in nodes if isinstance(n, ast.ImportFrom) and not n.level]
     packages = {i.split('.')[0] for i in imports} - set(sys.stdlib_module_names) - {'flowloss_nb'}
-    return {d.lower().replace('_', '-') for p in packages for d in DISTRIBUTIONS[p][:1]}
+    return {d.lower().replace('_', '-') for p in packages for d in DISTRIBUTIONS.get(p, [p])[:1]}     # what is not installed is called as it is imported
 
 def test_wheel_holds_everything(tmp_path):
     "The wheel carries the embedded clips and the weights beside the modules."
