@@ -158,6 +158,7 @@ def test_cluster_of_two_nodes(tree, whole, tmp_path, monkeypatch):
 # ---- true pictures, every layout
 
 DRAWS = """import sys, numpy as np
+from flowloss_nb.simulator import FIXED, Studio
 from flowloss_nb.trees import film
 studio = Studio('drawer-close-v3', FIXED, (160, 240), 10)
 made = [film(studio, 1080 + i, n) for i, n in enumerate((10, 24, 60))]
