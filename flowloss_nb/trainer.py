@@ -331,6 +331,7 @@ def train(
                 if validate and now(p.validate_every) and (first or p.fsdp): tell(validation_line(state, validate))
                 if now(p.checkpoint_every) or end: save_state(state, run_dir, p.keep, first)
                 if end and step < p.steps: raise Stopped(f'asked to end, and stopped after step {step}: the checkpoint in {run_dir} is whole; start the same run again, and it goes on from there')
+        accelerator.wait_for_everyone()     # nobody reads the last checkpoint before it is there
     return state
 
 # %% ../nbs/14_trainer.ipynb #c074
