@@ -63,8 +63,9 @@ class Denoiser(nn.Module):
     def remember(self, block, *args): return checkpoint(self.again, self.pooled, block, *args, use_reentrant=False)
 
     def again(self, pooled, block, *args):      # whenever it is computed again, under the prompt of its own clip
-        self.pooled = pooled
-        return block(*args)
+        before, self.pooled = self.pooled, pooled
+        try: return block(*args)
+        finally: self.pooled = before
 
     def modulate(self, film, block, inputs, h): return film(h, self.pooled.to(h).repeat_interleave(len(h)//len(self.pooled), 0))
 
@@ -84,6 +85,7 @@ class Denoiser(nn.Module):
         seen = torch.cat([u, cond['first'][:, None].expand(-1, T, -1, -1, -1)], 2)
         own = self.unet.dtype       # pure half precision computes in it; D is put together in x's
         out = self.unet(seen.to(own), c, cond['tokens'].to(own), u.new_tensor(self.ids).expand(len(u), 3)).sample.to(u)
+        self.pooled = None
         if not self.gain: return -out
         offset, gain = out.chunk(2, 2)
         return offset + gain*u

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'TORCHVISION', 'RaftEstimator', 'save_raft', 'load_raft', 'small_estimator', 'flow_sums', 'flow_table',
-           'zero_flow', 'dis_steps', 'dis_chained', 'exact_flow', 'batches', 'draw_estimators', 'fingerprint', 'digest',
-           'keep', 'estimated_truth', 'TorchvisionRaft', 'load_torchvision']
+           'zero_flow', 'dis_steps', 'dis_chained', 'exact_flow', 'batches', 'draw_estimators', 'digest', 'net_hash',
+           'fingerprint', 'keep', 'true_flow', 'estimated_truth', 'TorchvisionRaft', 'load_torchvision']
 
 # %% ../nbs/09_estimators.ipynb #c003
 import hashlib, json, warnings
@@ -184,18 +184,6 @@ def draw_estimators(
     return fig
 
 # %% ../nbs/09_estimators.ipynb #c042
-def fingerprint(
-    estimator:nn.Module,    # Its weights and settings
-    clips,                  # A `ClipSet`
-)->str:                     # 16 hex digits
-    "What a cached flow depends on: weights, clips, size."
-    settings = [(k, v) for m in estimator.modules() for k, v in sorted(vars(m).items()) if isinstance(v, (int, float, str, tuple))]
-    h = hashlib.sha256(repr((type(estimator).__name__, settings, clips.frames.shape)).encode())
-    for k, v in sorted(estimator.state_dict().items()): h.update(k.encode() + v.cpu().contiguous().numpy().tobytes())
-    h.update(clips.frames.contiguous().numpy().tobytes())
-    return h.hexdigest()[:16]
-
-# %% ../nbs/09_estimators.ipynb #c043
 def digest(
     tensors:dict,   # Name → tensor
 )->str:             # 16 hex digits
@@ -204,6 +192,21 @@ def digest(
     for k, v in sorted(tensors.items()): h.update(f'{k} {v.dtype} {tuple(v.shape)}'.encode() + v.cpu().contiguous().numpy().tobytes())
     return h.hexdigest()[:16]
 
+def net_hash(
+    net:nn.Module,      # Weights and settings
+)->str:                 # 16 hex digits
+    "What an answer of this network depends on."
+    settings = [(k, v) for m in net.modules() for k, v in sorted(vars(m).items()) if isinstance(v, (bool, int, float, str, tuple)) and k != 'training']
+    return hashlib.sha256(repr((type(net).__name__, settings)).encode() + digest(net.state_dict()).encode()).hexdigest()[:16]
+
+def fingerprint(
+    estimator:nn.Module,    # Its weights and settings
+    clips,                  # A `ClipSet`
+)->str:                     # 16 hex digits
+    "What a cached flow depends on: weights, clips, size."
+    return hashlib.sha256((net_hash(estimator) + digest({'frames': clips.frames})).encode()).hexdigest()[:16]
+
+# %% ../nbs/09_estimators.ipynb #c043
 def keep(
     path:Path,      # Cache file, `.safetensors`
     key:str,        # What it is the result of
@@ -221,6 +224,19 @@ def keep(
     with atomic_path(path) as temp: save_file(made, temp, {'key': key, 'digest': digest(made)})
     return made
 
+# %% ../nbs/09_estimators.ipynb #f0c5d218
+@torch.no_grad()
+def true_flow(
+    estimator:nn.Module,    # F
+    video:Tensor,           # True clips `(B,T,3,H,W)`
+    anchored:bool=False,    # Their tracks as well, for F(ŷ) to start from
+)->dict[str, Tensor]:       # 'flow' in half precision, 'visible' bool, and 'tracks' if asked for
+    "F(y) as it is kept."
+    if anchored and not hasattr(estimator, 'tracks'): raise ValueError(f'{type(estimator).__name__} starts from no tracks: anchored is for DOT')
+    tracks = {'tracks': estimator.tracks(video)} if anchored else {}
+    flow, visible = estimator(video, None, *tracks.values())
+    return dict(flow=flow.half(), visible=visible > .5) | tracks
+
 # %% ../nbs/09_estimators.ipynb #new4154
 def estimated_truth(
     estimator:nn.Module,    # F
@@ -229,12 +245,9 @@ def estimated_truth(
     anchored:bool=False,    # Keep the tracks of y as well, so that F(ŷ) starts from them (DOT)
 )->Callable:                # i → (flow, visible) or (flow, visible, tracks), to replace the set's exact truth
     "F(y) of every clip, from the cache or computed and kept there."
-    def compute(b):
-        tracks = [estimator.tracks(b['video'])] if anchored else []
-        flow, visible = estimator(b['video'], None, *tracks)
-        return flow.half(), visible > .5, *tracks
     def all_clips():
-        with torch.no_grad(): return dict(zip(('flow', 'visible', 'tracks'), map(torch.cat, zip(*map(compute, batches(clips))))))
+        seen = [true_flow(estimator, b['video'], anchored) for b in batches(clips)]
+        return {k: torch.cat([s[k] for s in seen]) for k in seen[0]}
     key = fingerprint(estimator, clips) + '-anchored'*anchored
     kept = keep(Path(folder)/f'flow-{key}.safetensors', key, all_clips)
     return lambda i: (kept['flow'][i].float(), *(kept[k][i] for k in ('visible', 'tracks') if k in kept))

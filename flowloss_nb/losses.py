@@ -206,6 +206,7 @@ def warp_objective(
     floor:float=0.,                 # σ floor of `flow_strength`
 )->dict[str, Tensor]:               # As `flow_objective`
     "Reconstruction plus the gated warping loss: Eq. (7)."
+    if 'flow' not in batch: raise ValueError('warping needs the flow of the true clip, and this batch has none: keep F(y) (estimated_truth, KnownClips), or let the augmentation turn it with the picture')
     strength, recon = flow_strength(sigma, gate, floor), recon_loss(z_hat, z, sigma).mean()
     open_ = strength > 0
     out = {'recon': recon.detach(), 'recon_term': recon, 'open': open_.float().mean()}

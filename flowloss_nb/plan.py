@@ -6,7 +6,7 @@
 __all__ = ['born_as', 'full_denoiser', 'full_codec', 'unet_cost', 'encode_cost', 'decode_cost', 'flow_cost', 'told_cost',
            'measured', 'average_ratio']
 
-# %% ../nbs/13e_plan.ipynb #9a8cc02a
+# %% ../nbs/13e_plan.ipynb #040e2770
 import time
 from contextlib import contextmanager
 import torch
@@ -22,7 +22,7 @@ from .dot import refine_tracks
 from .edm import share_below
 from .svd_codec import SVDCodec
 
-# %% ../nbs/13e_plan.ipynb #973bb668
+# %% ../nbs/13e_plan.ipynb #20e60e18
 @contextmanager
 def born_as(
     dtype:torch.dtype,      # Of parameters made inside
@@ -49,7 +49,7 @@ def full_codec(
     "SVD's VAE at full size."
     with born_as(dtype): return SVDCodec(AutoencoderKLTemporalDecoder(block_out_channels=(128, 256, 512, 512), down_block_types=('DownEncoderBlock2D',)*4, layers_per_block=2), **settings)
 
-# %% ../nbs/13e_plan.ipynb #21e19276
+# %% ../nbs/13e_plan.ipynb #1f5c8cd7
 def unet_cost(
     denoiser:Denoiser,              # Its weights that learn get gradients
     size:tuple=(256, 384),          # Of the clip
@@ -62,7 +62,11 @@ def unet_cost(
     x, c = torch.zeros(batch, T, 4, h, w), torch.zeros(batch)
     return cost(lambda: denoiser.raw(x, c, cond).float().sum())
 
-def encode_cost(codec, size=(256, 384), T=14):
+def encode_cost(
+    codec:SVDCodec,                 # Any
+    size:tuple=(256, 384),          # Of the clip
+    T:int=14,                       # Frames
+)->dict:                            # As `cost`
     "Encoding a clip; it needs no gradient."
     with torch.no_grad(): return cost(lambda: codec.encode(torch.zeros(1, T, 3, *size)).sum())
 
@@ -87,12 +91,15 @@ def flow_cost(
     video, tracks = torch.zeros(1, K + 1, 3, *size, requires_grad=gradient), torch.zeros(1, K + 1, 256, 3)
     return cost(lambda: refine_tracks(refiner, video, tracks, 0, torch.arange(1, K + 1)[None], lean=lean)['flow'].sum())
 
-# %% ../nbs/13e_plan.ipynb #c12126a9
-def told_cost(denoiser, size=(256, 384)):
+# %% ../nbs/13e_plan.ipynb #54b4e73b
+def told_cost(
+    denoiser:Denoiser,              # With prompt
+    size:tuple=(256, 384),          # Of the clip
+)->dict:                            # As `cost`
     "CLIP's two encoders; they learn nothing."
     return cost(lambda: denoiser.condition(['word'], torch.zeros(1, 3, *size), torch.zeros(1, 4, size[0]//8, size[1]//8))['tokens'].float().sum())
 
-# %% ../nbs/13e_plan.ipynb #1384413c
+# %% ../nbs/13e_plan.ipynb #ab1d39a6
 @contextmanager
 def measured(
     told:dict,  # Gets `name` → seconds, flops, peak (bytes resident)
@@ -104,7 +111,7 @@ def measured(
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH): yield
     told[name] = dict(seconds=time.perf_counter() - start, flops=counter.get_total_flops(), peak=resident())
 
-# %% ../nbs/13e_plan.ipynb #5095f74e
+# %% ../nbs/13e_plan.ipynb #ecd546e1
 def average_ratio(
     base:float,             # Operations of a recon-only step
     extra:float,            # More with an open gate
