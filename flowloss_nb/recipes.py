@@ -28,7 +28,7 @@ from .metaworld import load_clips
 from .metrics import clip_measures, copy_first
 from .step import TrainParams, draw_sigma, gradient_norms, step_losses, stream
 from .trainer import Job, begin, load_weights, make_accelerator, train_step
-from .validation import denoise_clips, sample_clips
+from .validation import denoise_clips, keep_clips, sample_clips
 
 # %% ../nbs/16b_recipes.ipynb #2cf14272
 def choose_estimator(
@@ -176,9 +176,10 @@ def judge_clips(
     seed:int=0,                             # Of the noise
     size:int=8,                             # Clips at a time
     reference:bool=True,                    # Also copying frame 0 and the true clip, the same for every denoiser
+    keep:Path|None=None,                    # File for the samples, byte for byte
 )->dict[str, list[float]]:                  # 'what/measure' → a value per clip; nan where a clip has no answer
     "Every measure of every clip: copying frame 0, the floor, denoised, sampled."
-    out = {}
+    out, kept = {}, []
     for i in range(0, len(indices), size):
         b = take(clips, indices[i:i + size])
         drawn = {'copy': copy_first(b), 'floor': b['video']} if reference else {}
@@ -187,6 +188,8 @@ def judge_clips(
         for name, y_hat in drawn.items():
             for k, v in clip_measures(y_hat, b, stage.estimator, stage.judge, known).items():
                 out.setdefault(f'{name}/{k}', []).extend(v.double().tolist())
+        kept.append(drawn['sample'])
+    if keep: keep_clips(keep, kept)
     return out
 
 # %% ../nbs/16b_recipes.ipynb #c029
