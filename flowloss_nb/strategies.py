@@ -15,7 +15,7 @@ from statistics import mean, median
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
-from .clips import read_video, show_clip, take, to_float
+from .clips import read_video, resample_frames, show_clip, take, to_float
 from .cost import cost
 from .distances import Measure, set_features, set_measures
 from .edm import share_below
@@ -242,8 +242,8 @@ def draw_samples(
 def record_sweep(
     folder:Path,            # Of the sweep
     to:Path,                # Under `nbs/results`
-    steps:tuple=(),         # Whose samples are kept
-    clips:int=4,            # How many of them
+    samples:dict={},        # Step → strategies whose samples are kept
+    clips:int=2,            # How many of them, from the first to the last there is
     seed:int=0,             # Of which runs
 )->list[str]:               # Names of the runs
     "Keep what figures and tables are drawn from."
@@ -254,6 +254,8 @@ def record_sweep(
         write_json(there/'metrics.json', kept | dict(ratio=[[100*h, median(v for step, v in kept['ratio'] if step//100 == h)] for h in hundreds]))
         for name in ('asked.json', 'params.json', 'versions.json'):
             if (here/name).exists(): shutil.copy(here/name, there/name)
-        for file in [f for step in steps if r['seed'] == seed for f in sorted((here/'samples'/f'step_{step:07d}').glob('*.mp4'))[:clips]]:
-            (there/file.relative_to(here)).parent.mkdir(parents=True, exist_ok=True); shutil.copy(file, there/file.relative_to(here))
+        for step in [s for s, names in samples.items() if r['strategy'] in names and r['psi'] == 1 and r['seed'] == seed]:
+            files = sorted((here/'samples'/f'step_{step:07d}').glob('*.mp4'))
+            for file in (files[i] for i in resample_frames(len(files), min(clips, len(files)))):
+                (there/file.relative_to(here)).parent.mkdir(parents=True, exist_ok=True); shutil.copy(file, there/file.relative_to(here))
     return [r['folder'].name for r in runs]
