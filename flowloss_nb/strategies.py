@@ -157,12 +157,14 @@ def over_seeds(
     arm:dict[int, dict],    # Seed → record
     base:dict[int, dict],   # What it is compared with
     value:Callable,         # Record → number
-)->dict:                    # mean; and with two shared seeds or more: difference, low, high
+)->dict:                    # mean, seeds; with a shared seed difference; with two or more low and high, too
     "A mean and its paired difference to the base."
     shared = sorted(set(arm) & set(base))
+    a, b = ([value(side[s]) for s in shared] for side in (arm, base))
     out = dict(mean=mean(map(value, arm.values())), seeds=len(arm))
-    if arm is base or len(shared) < 2: return out
-    told = paired_interval([value(arm[s]) for s in shared], [value(base[s]) for s in shared])
+    if arm is base or not shared: return out
+    if len(shared) == 1: return out | dict(difference=a[0] - b[0])
+    told = paired_interval(a, b)
     return out | dict(difference=told['mean'], low=told['low'], high=told['high'])
 
 def verdict(
