@@ -98,11 +98,23 @@ def process(cfg) -> Path:
         "nbdev's steps, less those that put a signature in a function's place: its few lines are what one came to read."
         def base_procs(self):
             signature = {'add_show_docs', 'exec_show_docs', 'rm_export', 'add_fold', 'mv_exports'}
-            return [step for step in super().base_procs() if step.__name__ not in signature] + [show_source]
+            return [keep_intro] + [step for step in super().base_procs() if step.__name__ not in signature] + [show_source]
     refresh_quarto_yml()
     nbdev.doclinks._build_modidx()
     nbdev.serve.FilterDefaults = WithSource  # nbdev's setting for this, `procs`, wants an installed module
     return nbdev.serve.proc_nbs(cfg.nbs_path, n_workers=0, force=True)
+
+class keep_intro:
+    "A step for nbdev, which takes the title's cell for front matter and drops what else it says: that becomes a cell of its own."
+    def __init__(self, nb): self.nb = nb
+    def begin(self):
+        from execnb.nbio import mk_cell
+        first = next((i for i, cell in enumerate(self.nb.cells) if cell.cell_type == 'markdown'), None)
+        if first is None: return
+        head = re.match(r'# .*\n*(?:>.*\n?)*', text(self.nb.cells[first].source))
+        if head and (rest := text(self.nb.cells[first].source)[head.end():].strip()):
+            self.nb.cells[first].source = head[0]
+            self.nb.cells.insert(first + 1, mk_cell(rest, 'markdown'))
 
 class show_source:
     "A step for nbdev: hidden cells go, exported ones stay, under the anchors that links to their definitions lead to."
