@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean, median
 import matplotlib.pyplot as plt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from .clips import read_video, show_clip, take, to_float
 from .cost import cost
 from .distances import Measure, TooFew, fid_measure, fvd_measure, lite0, lite0_measures, lpips_measure, set_features, set_measures
@@ -33,6 +33,7 @@ def all_measures(
     found = lite0_measures(lite0())
     return found | fid_measure(weights) | fvd_measure(weights) | lpips_measure(weights) if weights else found
 
+# %% ../nbs/16d_strategies.ipynb #854fbd7a
 def bearable(
     generated:dict,                 # `set_features` of generated clips
     true:dict,                      # `set_features` of true clips
@@ -47,6 +48,7 @@ def bearable(
         except TooFew as e: out[name] = dict(value=None, why=str(e))
     return out
 
+# %% ../nbs/16d_strategies.ipynb #57eb4d53
 def kept_distances(
     run_dir:Path,                   # A run that kept its samples (`make_validation(keep=True)`, `judge_clips(keep=…)`)
     true:dict[str, Tensor],         # 'validation' and 'test': the true clips `(N,T,3,H,W)`, in the samples' order
@@ -72,11 +74,12 @@ def open_share(
     if strategy in ('recon', 'motion'): return 0.
     return float(share_below(psi, params.P_mean, params.P_std)) if strategy in ('flow', 'warp') else 1.
 
+# %% ../nbs/16d_strategies.ipynb #3b0a53eb
 def average_flops(
     objective:Callable,     # What is trained
     share:float,            # How often its gate is open, in 0..1; 0: it has none
-    denoiser,               # The network, as trained
-    codec,                  # Its codec
+    denoiser:nn.Module,     # The network, as trained
+    codec:nn.Module,        # Its codec
     batch:dict,             # One clip
     params:TrainParams,     # Its prior
 )->float:                   # Floating-point operations, forward and backward
@@ -104,6 +107,7 @@ def run_record(
 # %% ../nbs/16d_strategies.ipynb #d8a01cda
 NEEDED = ('strategy', 'seed', 'psi', 'curve', 'test', 'protocol')
 
+# %% ../nbs/16d_strategies.ipynb #9e3422fb
 def read_record(
     path:Path,  # A run's `metrics.json`
 )->dict:        # The record, with its 'folder'
@@ -115,6 +119,7 @@ def read_record(
     curve = [l | apart.get(str(l['step']), {}) for l in r['curve']]
     return r | dict(folder=Path(path).parent, curve=curve, test=r['test'] | apart.get('test', {}))
 
+# %% ../nbs/16d_strategies.ipynb #0c5ebc71
 def read_sweep(
     folder:Path,    # Of a sweep, or of one run
 )->list[dict]:      # Records of finished runs
@@ -123,6 +128,7 @@ def read_sweep(
     if not found: raise FileNotFoundError(f'no finished run in {folder}: a finished run has a metrics.json')
     return [read_record(p) for p in found]
 
+# %% ../nbs/16d_strategies.ipynb #007054ed
 def recorded_sweep(
     name:str='strategies',  # Of a folder in `nbs/results`
 )->Path:
@@ -135,6 +141,7 @@ def recorded_sweep(
 NAMES = {'recon': 'recon only', 'flow': 'w_ψ', 'ungated': 'w', 'average_ss': 'w_ss', 'average_ls': 'w_ls', 'motion': 'motion weighting', 'warp': 'warping'}
 COLOURS = {'recon only': 'k', 'w_ψ': 'C3', 'w_ψ, ψ = 0.5': 'C1', 'w_ψ, ψ = 2': 'C5', 'w': 'C6', 'w_ss': 'C0', 'w_ls': 'C2', 'motion weighting': 'C4', 'warping': 'C7'}
 
+# %% ../nbs/16d_strategies.ipynb #14ee80af
 def arm_name(
     record:dict,    # Of a run
 )->str:             # As in the paper; ψ is said where it isn't 1
@@ -142,6 +149,7 @@ def arm_name(
     gated = record['strategy'] in ('flow', 'warp') and record['psi'] != 1
     return NAMES.get(record['strategy'], record['strategy']) + (f", ψ = {record['psi']:g}" if gated else '')
 
+# %% ../nbs/16d_strategies.ipynb #83f17e03
 def arms(
     runs:list[dict],            # From `read_sweep`
 )->dict[str, dict[int, dict]]:  # Name → seed → record; reconstruction alone first
@@ -167,6 +175,7 @@ def over_seeds(
     told = paired_interval(a, b)
     return out | dict(difference=told['mean'], low=told['low'], high=told['high'])
 
+# %% ../nbs/16d_strategies.ipynb #ea0ab698
 def verdict(
     told:dict,              # From `over_seeds`
     better:int,             # 1: more is better, -1: less is
@@ -180,6 +189,7 @@ def verdict(
 MEASURES = {'sample/psnr': ('PSNR, dB', 1), 'sample/psnr_changed': ('PSNR changed, dB', 1), 'sample/ssim': ('SSIM', 1), 'set/LPIPS': ('LPIPS', -1), 'set/FID': ('FID', -1), 'set/FVD': ('FVD', -1), 'set/KD-lite0': ('KD-lite0', -1),
             'set/KVD-lite0': ('KVD-lite0', -1), 'sample/flow_error': ('L_flow/λ, px²', -1), 'sample/epe_moving': ('motion error, px', -1), 'sample/flicker': ('flicker', -1)}
 
+# %% ../nbs/16d_strategies.ipynb #0a054310
 def measured(
     by:dict,            # From `arms`
     curve:bool=False,   # At every validation; otherwise on the test split
@@ -188,6 +198,7 @@ def measured(
     lines = [l for arm in by.values() for r in arm.values() for l in (r['curve'] if curve else [r['test']])]
     return {k: v for k, v in MEASURES.items() if all(k in l for l in lines)}
 
+# %% ../nbs/16d_strategies.ipynb #5a09968c
 def strategy_rows(
     by:dict,                # From `arms`
     base:str='recon only',  # What is compared with
@@ -215,6 +226,7 @@ def draw_curves(
     ax.set_title(MEASURES.get(key, (key,))[0], fontsize=9)
     return ax
 
+# %% ../nbs/16d_strategies.ipynb #baf7cb44
 def draw_differences(
     ax:plt.Axes,            # Where
     by:dict,                # From `arms`
@@ -242,6 +254,7 @@ def sampled(
     if not files: raise FileNotFoundError(f'{folder} kept no samples at step {step}: it has {sorted(p.name for p in (Path(folder)/"samples").glob("step_*"))}')
     return {p.stem: tuple(to_float(read_video(p)).chunk(2, -1)) for p in files}
 
+# %% ../nbs/16d_strategies.ipynb #ede3f515
 def draw_samples(
     by:dict,            # From `arms`
     names:list[str],    # Which of them
