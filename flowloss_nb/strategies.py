@@ -118,7 +118,7 @@ def read_record(
     r = json.loads(Path(path).read_text(encoding='utf-8'))
     missing = [k for k in NEEDED if k not in r]
     if missing or r.get('version') != RECORD: raise ValueError(f"{path}: " + (f"no {', '.join(missing)}; it is no run of `strategy` or `train_bridge`, or" if missing else f"record {r.get('version')}, this is version {RECORD}:") + " another version wrote it (versions.json beside it says which): delete it and run its notebook again, which goes on from the last checkpoint")
-    apart = {when: {f'set/{k}': v['value'] for k, v in told.items() if v['value'] is not None} for when, told in r.get('distances', {}).items() if when != 'protocol'}
+    apart = {when: {f'set/{k}': v['value'] for k, v in told.items()} for when, told in r.get('distances', {}).items() if when != 'protocol'}
     curve = [l | apart.get(str(l['step']), {}) for l in r['curve']]
     return r | dict(folder=Path(path).parent, curve=curve, test=r['test'] | apart.get('test', {}))
 
