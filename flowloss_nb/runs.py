@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HERE', 'PACKAGES', 'package_version', 'git_commit', 'versions', 'new_run', 'read_run', 'pick', 'runs_table',
-           'markdown_table', 'find_notebook', 'known_parameters', 'check_known', 'this_kernel', 'make_room',
+           'markdown_table', 'in_words', 'find_notebook', 'known_parameters', 'check_known', 'this_kernel', 'make_room',
            'failed_cell', 'forward_end', 'run_notebook', 'parse_value', 'parse_params', 'main']
 
 # %% ../nbs/16_runs.ipynb #c003
@@ -110,6 +110,13 @@ def markdown_table(
     heads = columns_of(rows)
     lines = [heads, ['---']*len(heads), *([show_value(row.get(k)) for k in heads] for row in rows)]
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+
+# %% ../nbs/16_runs.ipynb #9f714cc2
+def in_words(
+    values:dict, # Name → value
+)->str:          # Markdown, one line in italics
+    "A protocol as a line of text."
+    return '*' + ' · '.join(f"{k.replace('_', ' ')}: {in_words(v).strip('*') if isinstance(v, dict) else show_value(v)}" for k, v in values.items()) + '*'
 
 # %% ../nbs/16_runs.ipynb #c030
 def find_notebook(
