@@ -195,9 +195,10 @@ def collate(
 def take(
     clips:Dataset, # A ClipSet, or any dataset whose items `collate` can join
     indices:list[int], # Which clips, from 0; negative ones count from the end
+    device:str='cpu',  # Where its tensors shall live
 )->dict:           # Batch of len(indices)
     "The batch of these clips."
-    return collate([clips[int(i)] for i in indices])
+    return {k: v.to(device) if torch.is_tensor(v) else v for k, v in collate([clips[int(i)] for i in indices]).items()}
 
 # %% ../nbs/01_clips.ipynb #new0158
 def spread(

@@ -15,14 +15,15 @@ from functools import lru_cache
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from .clips import ClipSet, take, to_uint8
-from .edm import expand, loss_weight
+from .edm import loss_weight
 from .estimators import dis_chained, exact_flow
 from .flow import color_wheel, flow_to_rgb
 from .losses import added, flow_error, flow_strength, motion_weighted_objective, recon_loss, warp_error
 from .metrics import motion_epe
 from .recipes import OBJECTIVES, Stage, choose_objective
-from .validation import fixed_noise
+from .validation import denoise_latents
 
 # %% ../nbs/16c_explorer.ipynb #77a43998
 @torch.no_grad()
@@ -32,14 +33,10 @@ def noised(
     batch:dict,         # One true clip
     sigma:float,        # Noise level, in latent units
     seed:int=0,         # Of the noise
-)->dict[str, Tensor]:   # 'sigma', latents 'z' and 'z_hat', pixels 'noisy' and 'y_hat'
-    "Noise of level σ on a clip, denoised in one evaluation."
-    codec, video = stage.codec, batch['video']
-    z, first = codec.encode(video), video[:, 0]
-    level = torch.full((len(z),), float(sigma))
-    x = z + expand(level, z)*fixed_noise(z, batch['id'], seed)
-    z_hat = denoiser(x, level, denoiser.condition(batch['prompt'], first, codec.encode_first(first)))
-    return dict(sigma=level, z=z, z_hat=z_hat, noisy=codec.decode(x, first), y_hat=codec.decode(z_hat, first))
+)->dict[str, Tensor]:   # 'sigma', latents 'z', 'x' and 'z_hat', pixels 'noisy' and 'y_hat'
+    "Noise of level σ on a clip, denoised in one evaluation, and how both look."
+    d, first = denoise_latents(denoiser, stage.codec, batch, sigma, seed), batch['video'][:, 0]
+    return d | dict(noisy=stage.codec.decode(d['x'], first), y_hat=stage.codec.decode(d['z_hat'], first))
 
 # %% ../nbs/16c_explorer.ipynb #28795caa
 def lenses(
@@ -59,14 +56,14 @@ class Look:
     flow:Tensor         # F(y)
     visible:Tensor      # F's α of the true clip `(T-1,H,W)` bool
     flow_hat:Tensor     # F(ŷ)
-    exact:Tensor        # The true flow
+    exact:Tensor        # The true flow; F(y) where it isn't known
     reach:float         # Its longest vector, px
-    errors:dict         # 'recon' and 'motion' (λ in them), 'flow' and 'warp' (neither λ nor w), 'epe', 'epe_true'
+    errors:dict         # 'recon' and 'motion' (λ in them), 'flow' and 'warp' (neither λ nor w), 'epe', 'epe_true' (nan without a true flow)
 
 # %% ../nbs/16c_explorer.ipynb #df490f45
 @torch.no_grad()
 def all_errors(
-    batch:dict,             # The true clip, with exact flow
+    batch:dict,             # The true clip
     drawn:dict,             # From `noised`
     seen:tuple,             # F(y): flow `(1,T-1,2,H,W)`, visible
     flow_hat:Tensor,        # F(ŷ), shaped like F(y)
@@ -81,24 +78,26 @@ def all_errors(
 def remember(
     stage:Stage,            # Codec, F, judge
     denoiser:nn.Module,     # x, σ, cond → ẑ
-    clips:ClipSet,          # With exact flow
+    clips:Dataset,          # Better with exact flow
     seed:int=0,             # Of the noise
     keep:int=64,            # Looks to keep, about 4 MB each
 )->Callable:                # clip number, σ, F's name → `Look`
     "A function that looks once and remembers."
-    once, F = lru_cache(keep), lenses(stage)
-    true = once(lambda clip: take(clips, [clip]))
+    once, F, device = lru_cache(keep), lenses(stage), next(denoiser.parameters()).device
+    true = once(lambda clip: take(clips, [clip], device))
     drawn = once(lambda clip, sigma: noised(stage, denoiser, true(clip), sigma, seed))
     through = lambda clip, name, video: torch.no_grad()(F[name](true(clip)))(video)
     seen = once(lambda clip, name: through(clip, name, true(clip)['video']))
-    missed = lambda clip, video: float(motion_epe(torch.no_grad()(stage.judge)(video.clamp(-1, 1))[0], *(true(clip)[k] for k in ('flow', 'visible')))['epe_moving'])
+    def missed(clip, video):
+        if stage.judge is None or 'flow' not in true(clip): return float('nan')
+        return float(motion_epe(torch.no_grad()(stage.judge)(video.clamp(-1, 1))[0], true(clip)['flow'], true(clip)['visible'])['epe_moving'])
     floor, judged = once(lambda clip: missed(clip, true(clip)['video'])), once(lambda clip, sigma: missed(clip, drawn(clip, sigma)['y_hat']))
     @once
     def look(clip, sigma, name):
         b, d, (flow, visible) = true(clip), drawn(clip, sigma), seen(clip, name)
-        flow_hat = through(clip, name, d['y_hat'])[0]
+        flow_hat, exact = through(clip, name, d['y_hat'])[0], b.get('flow', flow)
         errors = all_errors(b, d, (flow, visible), flow_hat) | dict(epe=judged(clip, sigma), epe_true=floor(clip))
-        return Look(sigma, b['video'][0], d['noisy'][0], d['y_hat'][0], flow[0], visible[0] > .5, flow_hat[0], b['flow'][0], float(b['flow'].norm(dim=2).max()), errors)
+        return Look(sigma, *(v[0].cpu() for v in (b['video'], d['noisy'], d['y_hat'], flow, visible > .5, flow_hat, exact)), float(exact.norm(dim=2).max()), errors)
     return look
 
 # %% ../nbs/16c_explorer.ipynb #42d50d73

@@ -179,9 +179,9 @@ def judge_clips(
     keep:Path|None=None,                    # File for the samples, byte for byte
 )->dict[str, list[float]]:                  # 'what/measure' → a value per clip; nan where a clip has no answer
     "Every measure of every clip: copying frame 0, the floor, denoised, sampled."
-    out, kept = {}, []
+    out, kept, device = {}, [], next(denoiser.parameters()).device
     for i in range(0, len(indices), size):
-        b = take(clips, indices[i:i + size])
+        b = take(clips, indices[i:i + size], device)
         drawn = {'copy': copy_first(b), 'floor': b['video']} if reference else {}
         drawn |= {'sample': sample_clips(denoiser, stage.codec, b, steps, seed)} | {f'denoise/{s:g}': denoise_clips(denoiser, stage.codec, b, s, seed) for s in sigmas}
         known = stage.estimator(b['video'])

@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from .clips import batch_indices, check_batch, take
@@ -158,8 +158,7 @@ def load_batch(
     "The clips of one piece of one step."
     p, device = job.params, job.accelerator.device
     order = batch_indices(len(job.clips), p.batch_size, step - 1, p.seed)
-    batch = check_batch(take(job.clips, [order[i] for i in where]))
-    batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    batch = check_batch(take(job.clips, [order[i] for i in where], device))
     return without_stale(batch, job.augment(batch, [stream(p.seed, step, 'augment', i) for i in where])) if job.augment else batch
 
 # %% ../nbs/14_trainer.ipynb #c032
