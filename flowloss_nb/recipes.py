@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'choose_estimator', 'Stage', 'with_flow', 'embedded_stage', 'stage_denoiser', 'shipped_weights',
-           'recorded', 'choose_objective', 'calibrate', 'judge_clips', 'interleave']
+           'results', 'recorded', 'choose_objective', 'calibrate', 'judge_clips', 'interleave']
 
 # %% ../nbs/16b_recipes.ipynb #c003
 import json
@@ -105,12 +105,17 @@ def shipped_weights()->Path:
     return path
 
 # %% ../nbs/16b_recipes.ipynb #c014
+def results(
+    name:str,       # Of a file or folder in `nbs/results`
+)->Path|None:       # Where it is, seen from a notebook or the repository's root; None if it isn't there
+    "Something recorded."
+    return next((p for f in ('.', '..', 'nbs') if (p := Path(f)/'results'/name).exists()), None)
+
 def recorded(
     name:str,       # Of the recorded run, e.g. 'compare_warm'
 )->dict|None:       # Its metrics, or None if nothing is recorded under this name
     "Read the metrics of a recorded run."
-    folders = [f/'results' for f in (Path('.'), Path('..'), Path('nbs'))]
-    return next((json.loads((f/f'{name}.json').read_text()) for f in folders if (f/f'{name}.json').exists()), None)
+    return json.loads(path.read_text()) if (path := results(f'{name}.json')) else None
 
 # %% ../nbs/16b_recipes.ipynb #c017
 OBJECTIVES = {

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RECORD', 'NEEDED', 'NAMES', 'COLOURS', 'SHARED', 'MEASURES', 'all_measures', 'bearable', 'kept_distances',
            'open_share', 'average_flops', 'run_record', 'read_record', 'read_sweep', 'recorded_sweep', 'arm_name',
-           'check_alike', 'arms', 'over_seeds', 'verdict', 'said', 'measured', 'strategy_rows', 'at_steps', 'at_step',
-           'draw_curves', 'draw_differences', 'sampled', 'draw_samples', 'record_sweep']
+           'check_alike', 'arms', 'over_seeds', 'verdict', 'said', 'over_clips', 'measured', 'strategy_rows',
+           'at_steps', 'at_step', 'draw_curves', 'draw_differences', 'sampled', 'draw_samples', 'record_sweep']
 
 # %% ../nbs/16d_strategies.ipynb #f382f3ce
 import json, math, shutil
@@ -20,7 +20,8 @@ from .clips import read_video, show_clip, take, to_float
 from .cost import cost
 from .distances import Measure, TooFew, fid_measure, fvd_measure, lite0, lite0_measures, lpips_measure, set_features, set_measures
 from .edm import share_below
-from .metrics import paired_interval
+from .metrics import bootstrap_interval, paired_interval
+from .recipes import results
 from .records import read_log, write_json
 from .step import TrainParams, draw_sigma, step_losses
 from .trainer import step_cost
@@ -136,9 +137,8 @@ def recorded_sweep(
     name:str='strategies',  # Of a folder in `nbs/results`
 )->Path:
     "Where the recorded runs are, seen from a notebook."
-    found = [p for p in (Path(f)/'results'/name for f in ('.', '..', 'nbs')) if p.is_dir()]
-    if not found: raise FileNotFoundError(f'no recorded runs nbs/results/{name}: give the folder of a sweep instead')
-    return found[0]
+    if not (found := results(name)): raise FileNotFoundError(f'no recorded runs nbs/results/{name}: give the folder of a sweep instead')
+    return found
 
 # %% ../nbs/16d_strategies.ipynb #ffd1cb34
 NAMES = {'recon': 'recon only', 'flow': 'w_ψ', 'ungated': 'w', 'average_ss': 'w_ss', 'average_ls': 'w_ls', 'motion': 'motion weighting', 'warp': 'warping'}
@@ -206,6 +206,18 @@ def said(
     "A difference as it stands in a table."
     if 'difference' not in told: return '–'
     return f"{told['difference']:+.3g}" + (f" ({told['low']:+.3g} to {told['high']:+.3g})" if 'low' in told else ', one seed')
+
+# %% ../nbs/16d_strategies.ipynb #dd80e58c
+def over_clips(
+    record:dict,    # Of a run
+    base:dict,      # Of the run of the same seed that it is compared with
+    key:str,        # Of `per_clip`, e.g. 'sample/psnr'
+)->dict:            # difference, n clips with an answer; with two or more low and high, too
+    "The difference of two trained models, with a bootstrap interval over test clips."
+    a, b = (torch.tensor(r['per_clip'][key]) for r in (record, base))
+    if (n := int((a - b).isfinite().sum())) < 2: return dict(difference=float((a - b).nanmean()), n=n)
+    told = bootstrap_interval(a, b, torch.Generator().manual_seed(0))
+    return dict(difference=told['mean'], low=told['low'], high=told['high'], n=told['n'])
 
 # %% ../nbs/16d_strategies.ipynb #9272bc46
 MEASURES = {'sample/psnr': ('PSNR, dB', 1), 'sample/psnr_changed': ('PSNR changed, dB', 1), 'sample/ssim': ('SSIM', 1), 'set/LPIPS': ('LPIPS', -1), 'set/FID': ('FID', -1), 'set/FVD': ('FVD', -1), 'set/KD-lite0': ('KD-lite0', -1),
