@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from .clips import ClipSet, take, to_uint8
+from .clips import take, to_uint8
 from .edm import loss_weight
 from .estimators import dis_chained, exact_flow
 from .flow import color_wheel, flow_to_rgb
@@ -41,9 +41,10 @@ def noised(
 # %% ../nbs/16c_explorer.ipynb #28795caa
 def lenses(
     stage:Stage,            # Its F
-)->dict[str, Callable]:     # Name → (batch → estimator)
+    clips:Dataset,          # What is looked at
+)->dict[str, Callable]:     # Name → (batch → estimator); 'exact' where clips have exact flow
     "The estimators one can look through."
-    return {'small RAFT': lambda batch: stage.estimator, 'DIS': lambda batch: dis_chained, 'exact': exact_flow}
+    return {'small RAFT': lambda batch: stage.estimator, 'DIS': lambda batch: dis_chained} | ({'exact': exact_flow} if 'flow' in clips[0] else {})
 
 # %% ../nbs/16c_explorer.ipynb #619601c3
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def remember(
     keep:int=64,            # Looks to keep, about 4 MB each
 )->Callable:                # clip number, σ, F's name → `Look`
     "A function that looks once and remembers."
-    once, F, device = lru_cache(keep), lenses(stage), next(denoiser.parameters()).device
+    once, F, device = lru_cache(keep), lenses(stage, clips), next(denoiser.parameters()).device
     true = once(lambda clip: take(clips, [clip], device))
     drawn = once(lambda clip, sigma: noised(stage, denoiser, true(clip), sigma, seed))
     through = lambda clip, name, video: torch.no_grad()(F[name](true(clip)))(video)
@@ -259,7 +260,7 @@ def paint(
 LEVELS = (.02, .05, .1, .2, .3, .5, .7, 1., 1.4, 2., 3., 5., 10., 20.)
 START = dict(clip=0, strategy='flow', estimator='small RAFT', t=7, sigma=.5, psi=1.)
 def controls(
-    clips:ClipSet,          # To choose from
+    clips:Dataset,          # To choose from
     estimators:dict,        # By name, as from `lenses`
     start:dict,             # What is chosen at first, as in `START`
 )->dict:                    # What is chosen → ipywidgets' control
@@ -271,7 +272,7 @@ def controls(
     made = dict(clip=Dropdown(options=numbered, description='clip', **look),
                 strategy=Dropdown(options=list(OBJECTIVES), description='strategy', **look),
                 estimator=Dropdown(options=list(estimators), description='F', **look),
-                t=IntSlider(min=1, max=clips.frames.shape[1] - 1, description='frame t', **look),
+                t=IntSlider(min=1, max=len(clips[0]['video']) - 1, description='frame t', **look),
                 sigma=SelectionSlider(options=levels, description='noise σ', continuous_update=False, **look),
                 psi=FloatSlider(min=.1, max=4., step=.1, description='gate ψ', **look))
     for name, value in start.items(): made[name].value = value
@@ -281,14 +282,14 @@ def controls(
 def explorer(
     stage:Stage,            # Its F and sizes
     look:Callable,          # From `remember`
-    clips:ClipSet,          # The set that `look` looks at
+    clips:Dataset,          # The set that `look` looks at
     start:dict|None=None,   # What differs from `START` at first
     s:float=1.,             # Scale of the flow term; 1: the paper's, carried over to our size
 )->tuple:                   # The box to show; its controls by name, and 'picture'
     "The explorer: controls above one figure, which follows them."
     from ipywidgets import HBox, Image, Layout, Play, VBox, link
-    view, image = new_view(clips.frames.shape[2:4]), Image(format='png', layout=Layout(width='1000px'))
-    c = controls(clips, lenses(stage), START | (start or {}))
+    view, image = new_view(clips[0]['video'].shape[-2:]), Image(format='png', layout=Layout(width='1000px'))
+    c = controls(clips, lenses(stage, clips), START | (start or {}))
     def redraw(_=None):
         rule = weight_rule(c['strategy'].value, stage, c['psi'].value, s)
         image.value = paint(show(view, look(c['clip'].value, c['sigma'].value, c['estimator'].value), rule, c['t'].value))
