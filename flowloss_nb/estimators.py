@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from .clips import atomic_path, check_video, take, to_uint8
+from .clips import ClipSet, atomic_path, check_video, take, to_uint8
 from .flow import chain_flow, consistency_visible, epe, flow_to_rgb, moving, target_frames, warp
 from .dot import fit_back, fit_frames, whole_size
 from .official import Official, load_official
@@ -157,7 +157,7 @@ def exact_flow(
 
 # %% ../nbs/09_estimators.ipynb #c037
 def batches(
-    clips,                  # A `ClipSet`
+    clips:ClipSet,          # Which clips
     size:int=10,            # Clips a batch
 )->list[dict]:              # All clips, in order
     "Cut a set of clips into batches."
@@ -201,7 +201,7 @@ def net_hash(
 
 def fingerprint(
     estimator:nn.Module,    # Its weights and settings
-    clips,                  # A `ClipSet`
+    clips:ClipSet,          # Which clips
 )->str:                     # 16 hex digits
     "What a cached flow depends on: weights, clips, size."
     return hashlib.sha256((net_hash(estimator) + digest({'frames': clips.frames})).encode()).hexdigest()[:16]
@@ -240,7 +240,7 @@ def true_flow(
 # %% ../nbs/09_estimators.ipynb #new4154
 def estimated_truth(
     estimator:nn.Module,    # F
-    clips,                  # A `ClipSet` without augmentation
+    clips:ClipSet,          # Clips without augmentation
     folder:Path,            # Where the cache lives
     anchored:bool=False,    # Keep the tracks of y as well, so that F(ŷ) starts from them (DOT)
 )->Callable:                # i → (flow, visible) or (flow, visible, tracks), to replace the set's exact truth

@@ -10,7 +10,7 @@ __all__ = ['recon_loss', 'soft_gate', 'hard_gate', 'large_gate', 'flow_strength'
 # %% ../nbs/10_losses.ipynb #c003
 from collections.abc import Callable
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from .edm import check_sigma, expand, loss_weight
 from .flow import grid, sample_at
 
@@ -99,7 +99,7 @@ def draw_targets(
 def clip_flow_error(
     z_hat:Tensor,               # Denoised latents of the open clips `(b,T,C,h,w)`
     batch:dict,                 # Their batch: video; flow and visible, or F(y) is computed; tracks of the true clip, if F is to use them
-    codec,                      # Decodes chosen frames of latents
+    codec:nn.Module,            # Decodes chosen frames of latents
     estimator:Callable,         # F
     targets:Tensor,             # Frames to compare `(b,K)`
 )->Tensor:                      # `(b,)` px², differentiable in `z_hat`
@@ -126,10 +126,14 @@ def recon_objective(
     return {'loss': recon, 'recon': recon.detach(), 'recon_term': recon}
 
 # %% ../nbs/10_losses.ipynb #c038
-def added(w:Tensor)->Tensor:
+def added(
+    w:Tensor,   # Gate's weight `(B,)`
+)->Tensor:      # Weight of reconstruction, shaped like `w`
     "What reconstruction keeps in Eq. (3): everything."
     return torch.ones_like(w)
-def averaged(w:Tensor)->Tensor:
+def averaged(
+    w:Tensor,   # Gate's weight `(B,)`, 0..1
+)->Tensor:      # Weight of reconstruction, shaped like `w`
     "What reconstruction keeps in Eq. (5): 1 − w."
     return 1 - w
 
@@ -140,7 +144,7 @@ def flow_objective(
     batch:dict,                     # With 'flow' and 'visible' of the true clip, else they are estimated
     sigma:Tensor,                   # `(B,)`
     generator:torch.Generator,      # Draws the target frames
-    codec=None,                     # Decodes latents
+    codec:nn.Module|None=None,      # Decodes latents
     estimator:Callable|None=None,   # F, frozen
     gate:Callable=hard_gate,        # w(σ)
     s:float=1.,                     # Factor on `flow_error`; `paper_scale(size)` is Eq. (2) as it stands
@@ -200,7 +204,7 @@ def warp_objective(
     batch:dict,                     # With 'video', 'flow', 'visible'
     sigma:Tensor,                   # `(B,)`
     generator:torch.Generator,      # Not used
-    codec=None,                     # Decodes latents
+    codec:nn.Module|None=None,      # Decodes latents
     gate:Callable=hard_gate,        # w(σ)
     s:float=1.,                     # Factor on `warp_error`
     floor:float=0.,                 # σ floor of `flow_strength`

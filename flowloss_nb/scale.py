@@ -86,7 +86,7 @@ def scaler_state(
     return {f'scaler_{k}': v for k, v in scaler.state_dict().items()} if scaler else {}
 
 def restore_scaler(
-    scaler:torch.amp.GradScaler|None,
+    scaler:torch.amp.GradScaler|None,   # Of a run in half precision; None: there is none
     counters:dict,                      # With the numbers of `scaler_state` among others, which are taken out
 )->None:
     "Put the loss scale back."

@@ -61,7 +61,12 @@ def do_run(
         write_text(place/'failed.txt', f'{e}\n')
         return told('failed', str(e))
 
-def run_when_free(notebook, place, params, until):
+def run_when_free(
+    notebook:Path,  # Of an experiment
+    place:Path,     # The run's folder
+    params:dict,    # Parameters of the notebook
+    until:float,    # When to stop waiting, seconds since the epoch
+)->Path:            # The run's folder
     "Run a notebook once nobody else holds its folder."
     while True:
         try: return run_notebook(notebook, place, params)
@@ -79,7 +84,11 @@ def end_with(
         os.kill(os.getpid(), signal.SIGTERM)
     threading.Thread(target=watch, daemon=True).start()
 
-def apart(notebook, folder, run)->dict:
+def apart(
+    notebook:Path,  # Of an experiment
+    folder:Path,    # Of the sweep
+    run:Run,        # Which run of it
+)->dict:            # As `do_run`
     "`do_run` in an interpreter of its own, whose death is told like any failure."
     words = json.dumps([str(notebook), str(folder), list(run)])
     program = 'import json, sys; from flowloss_nb.sweeps import *; end_with(int(sys.argv[2])); n, f, r = json.loads(sys.argv[1]); print(json.dumps(do_run(n, f, Run(*r))))'
@@ -87,12 +96,23 @@ def apart(notebook, folder, run)->dict:
     if done.returncode: return dict(run=run.name, state='failed', seconds=None, error=f'its process ended with code {done.returncode}: {done.stderr[-2000:]}')
     return json.loads(done.stdout.splitlines()[-1])
 
-def done_here(notebook, folder, runs, jobs)->Iterator[dict]:
+def done_here(
+    notebook:Path,      # Of an experiment
+    folder:Path,        # Of the sweep
+    runs:list[Run],     # What is to be done
+    jobs:int,           # How many at a time
+)->Iterator[dict]:      # As `do_run`
     "Runs side by side on this machine, as they end."
     with ThreadPoolExecutor(jobs) as pool:
         for f in as_completed([pool.submit(apart, notebook, folder, r) for r in runs]): yield f.result()
 
-def done_on_ray(notebook, folder, runs, address, gpus)->Iterator[dict]:
+def done_on_ray(
+    notebook:Path,      # Of an experiment, on a disk that all nodes see
+    folder:Path,        # Of the sweep, on such a disk
+    runs:list[Run],     # What is to be done
+    address:str,        # Of the cluster, 'auto' for the one this machine belongs to
+    gpus:float,         # GPUs of a run
+)->Iterator[dict]:      # As `do_run`
     "Runs on a Ray cluster, as they end."
     try: import ray
     except ImportError: raise ImportError('a cluster needs Ray: pip install "flowloss_nb[cluster]"') from None
