@@ -44,7 +44,7 @@ def lenses(
     clips:Dataset,          # What is looked at
 )->dict[str, Callable]:     # Name → (batch → estimator); 'exact' where clips have exact flow
     "The estimators one can look through."
-    return {'small RAFT': lambda batch: stage.estimator, 'DIS': lambda batch: dis_chained} | ({'exact': exact_flow} if 'flow' in clips[0] else {})
+    return {'in the loss': lambda batch: stage.estimator, 'DIS': lambda batch: dis_chained} | ({'exact': exact_flow} if 'flow' in clips[0] else {})
 
 # %% ../nbs/16c_explorer.ipynb #619601c3
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ def paint(
 
 # %% ../nbs/16c_explorer.ipynb #90203fe3
 LEVELS = (.02, .05, .1, .2, .3, .5, .7, 1., 1.4, 2., 3., 5., 10., 20.)
-START = dict(clip=0, strategy='flow', estimator='small RAFT', t=7, sigma=.5, psi=1.)
+START = dict(clip=0, strategy='flow', estimator='in the loss', t=7, sigma=.5, psi=1.)
 def controls(
     clips:Dataset,          # To choose from
     estimators:dict,        # By name, as from `lenses`

@@ -31,7 +31,7 @@ def as_shown(
         bad = (~y_hat.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
         raise ValueError(f"y_hat holds NaN or infinity in clips {bad} of the batch: its model or decoder has diverged")
     low, high = (float(v) for v in y_hat.aminmax())
-    if low >= 0 and high > 2: raise ValueError(f"generated pixels lie in [{low:.3g}, {high:.3g}], true ones in [-1, 1]: rescale them (bytes: clips.to_float)")
+    if low > -.02 and (high > 2 or (high - low > .5 and y.min() < -.2)): raise ValueError(f"generated pixels lie in [{low:.3g}, {high:.3g}], true ones in [-1, 1]: rescale them (bytes: clips.to_float; [0, 1]: 2x - 1)")
     return y_hat[:, 1:].clamp(-1, 1), y[:, 1:].clamp(-1, 1)
 
 # %% ../nbs/15_metrics.ipynb #c009

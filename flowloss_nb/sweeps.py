@@ -25,6 +25,8 @@ def expand(
     plan:dict,          # 'notebook', and any of 'params', 'grid', 'runs'
 )->list[Run]:           # In the file's order
     "All runs that a sweep's file asks for."
+    if not isinstance(plan, dict): raise ValueError(f'a sweep holds notebook, params, grid and runs; this one holds {plan!r}')
+    plan = {k: v for k, v in plan.items() if v is not None}
     if (odd := set(plan) - {'notebook', 'params', 'grid', 'runs'}) or 'notebook' not in plan:
         raise ValueError(f"a sweep holds notebook, params, grid and runs; {f'not {sorted(odd)}' if odd else 'notebook is missing'}")
     grid = {k: v if isinstance(v, list) else [v] for k, v in plan.get('grid', {}).items()}

@@ -35,6 +35,7 @@ def open_svd(
 )->tuple[Stage, nn.Module]: # Its parts, the decoder a whole clip's; its denoiser
     "Open a run of Stable Video Diffusion."
     run_dir, asked = Path(run_dir), read_run(run_dir)['params']['experiment']
+    if missing := [k for k in ('data', 'svd', 'text', 'film', 'ids', 'estimator') if k not in asked]: raise ValueError(f'{run_dir}/params.json has no {", ".join(missing)}: another version wrote it (versions.json says which); open it with that version, or train anew')
     if not (run_dir/'model').is_dir(): raise FileNotFoundError(f'{run_dir} has no model yet: train_bridge writes it at its end; start the run again, and it goes on from its last checkpoint')
     clips = {split: PreparedClips(asked['data'], split) if asked['data'] else load_clips(split, 'fixed') for split in ('train', 'validation', 'test')}
     text = asked['text'] if asked['svd'] else run_dir/'tiny_svd'

@@ -1,7 +1,7 @@
 "What people read is current and complete: README.md and the site."
-import re, tomllib
+import json, re
 from notebooks import ROOT, copy_project, notebooks, python
-from pages import readme
+from pages import Problems, check_links, cross_reference, readme, sidebar
 
 EXPERIMENTS = [n for n in notebooks() if n.parent.name == 'experiments']
 
@@ -25,3 +25,21 @@ def test_site(tmp_path):
     assert (folder/'_docs/index.html').exists()
     mute = [n.stem for n in EXPERIMENTS if not 'Question.' in (folder/f'_docs/experiments/{n.stem}.html').read_text()]
     assert EXPERIMENTS and not mute, f'what stands below the title is lost from {mute}'
+
+def test_what_is_wrong_is_found(tmp_path):
+    "Each kind of fault that the site's build looks for is found where there is one, and nowhere else."
+    (tmp_path/'a.html').write_text('<h1 id="top">A</h1><a href="b.html#here">b</a> <a href="#top">up</a>')
+    (tmp_path/'b.html').write_text('<p id="here">B</p>')
+    check_links(tmp_path, right := Problems())
+    (tmp_path/'c.html').write_text('<a href="gone.html">x</a> <a href="a.html#nowhere">y</a> see @fig-none <img src="https://example.org/p.png"> <a href="https://git.invalid/z">z</a>')
+    check_links(tmp_path, wrong := Problems())
+    assert not right and len(wrong) == 5
+    for words in ('dangling link gone.html', 'no anchor a.html#nowhere', 'unresolved @fig-none', 'img from the network', 'does not exist'): assert any(words in w for w in wrong), words
+    page = tmp_path/'a.ipynb'
+    page.write_text(json.dumps(dict(cells=[dict(cell_type='markdown', source='@fig-there and @fig-gone'), dict(cell_type='code', source='#| label: fig-there\n#| fig-cap: "There."\n1')])))
+    (tmp_path/'b.ipynb').write_text(page.read_text())
+    cross_reference(page, tmp_path, refers := Problems())
+    (tmp_path/'_quarto.yml').write_text('website:\n  sidebar:\n    contents:\n      - a.ipynb\n      - c.ipynb\n')
+    sidebar(tmp_path, lacks := Problems())
+    assert refers == ['a.ipynb: @fig-gone refers to nothing on this page'] and '[Figure 1](#fig-there)' in page.read_text()
+    assert lacks == ['_quarto.yml: the sidebar lacks b.ipynb', '_quarto.yml: the sidebar names c.ipynb, which does not exist']
