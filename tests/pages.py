@@ -81,6 +81,7 @@ def site(root: Path):
     rename(source, problems)
     built = build(source, quiet=True)
     problems += [w for w in built.warnings if 'broken link' not in w]  # check_links sees these too, and anchors
+    shutil.copytree(source/'source', built.out/'source', dirs_exist_ok=True)
     for page in sorted(built.out.rglob('*.html')): offline(page, built.out, cfg, problems)
     check_links(built.out, problems)
     shutil.rmtree(cfg.doc_path, ignore_errors=True)
@@ -98,11 +99,14 @@ def process(cfg) -> Path:
         "nbdev's steps, less those that put a signature in a function's place: its few lines are what one came to read."
         def base_procs(self):
             signature = {'add_show_docs', 'exec_show_docs', 'rm_export', 'add_fold', 'mv_exports'}
-            return [keep_intro] + [step for step in super().base_procs() if step.__name__ not in signature] + [show_source]
+            return [keep_intro, link_source] + [step for step in super().base_procs() if step.__name__ not in signature] + [show_source]
     refresh_quarto_yml()
     nbdev.doclinks._build_modidx()
     nbdev.serve.FilterDefaults = WithSource  # nbdev's setting for this, `procs`, wants an installed module
-    return nbdev.serve.proc_nbs(cfg.nbs_path, n_workers=0, force=True)
+    out = nbdev.serve.proc_nbs(cfg.nbs_path, n_workers=0, force=True)
+    (out/'source').mkdir(exist_ok=True)
+    for module in cfg.lib_path.glob('*.py'): shutil.copy(module, out/'source'/module.name)
+    return out
 
 class keep_intro:
     "A step for nbdev, which takes the title's cell for front matter and drops what else it says: that becomes a cell of its own."
@@ -115,6 +119,14 @@ class keep_intro:
         if head and (rest := text(self.nb.cells[first].source)[head.end():].strip()):
             self.nb.cells[first].source = head[0]
             self.nb.cells.insert(first + 1, mk_cell(rest, 'markdown'))
+
+class link_source:
+    "A step for nbdev: below its title, a page that is exported says to which file, and links to it."
+    def __init__(self, nb): self.nb = nb
+    def begin(self):
+        from execnb.nbio import mk_cell
+        module = next((d['default_exp'][0] for cell in self.nb.cells if 'default_exp' in (d := getattr(cell, 'directives_', {}))), None)
+        if module: self.nb.cells.insert(1, mk_cell(f'[Source: flowloss_nb/{module}.py](source/{module}.py)', 'markdown'))
 
 class show_source:
     "A step for nbdev: hidden cells go, exported ones stay, under the anchors that links to their definitions lead to."

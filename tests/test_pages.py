@@ -24,6 +24,7 @@ def test_site(tmp_path):
     python('tests/pages.py', 'site', folder=folder, seconds=600)
     assert (folder/'_docs/index.html').exists()
     mute = [n.stem for n in EXPERIMENTS if not 'Question.' in (folder/f'_docs/experiments/{n.stem}.html').read_text()]
+    assert 'href="source/losses.py"' in (folder/'_docs/losses.html').read_text() and (folder/'_docs/source/losses.py').exists()
     assert EXPERIMENTS and not mute, f'what stands below the title is lost from {mute}'
 
 def test_what_is_wrong_is_found(tmp_path):
