@@ -6,7 +6,6 @@
 __all__ = ['pick_frames', 'LinearCodec', 'principal', 'rows', 'fit_linear', 'save_codec', 'load_linear']
 
 # %% ../nbs/11_codecs.ipynb #c003
-import json
 from pathlib import Path
 import torch
 from torch import Tensor, nn

@@ -13,7 +13,7 @@ from diffusers import UNetSpatioTemporalConditionModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from .conditioning import FiLM, ImageToken, drop_conditions
-from .edm import c_noise, denoise, guide, hold_first, sample, sigma_schedule
+from .edm import denoise, guide, hold_first, sample, sigma_schedule
 
 # %% ../nbs/13_denoiser.ipynb #c006
 def small_unet(

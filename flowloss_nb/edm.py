@@ -9,7 +9,7 @@ __all__ = ['EDM_PRIOR', 'THIS_AND_THAT', 'SVD_I2V', 'sample_sigma', 'share_below
 
 # %% ../nbs/04_edm.ipynb #c003
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from statistics import NormalDist
 import torch
 from torch import Generator, Tensor

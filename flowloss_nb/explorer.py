@@ -23,7 +23,7 @@ from .flow import color_wheel, flow_to_rgb
 from .losses import added, flow_error, flow_strength, motion_weighted_objective, recon_loss, warp_error
 from .metrics import motion_epe
 from .recipes import OBJECTIVES, Stage, choose_objective
-from .validation import denoise_latents
+from .validation import denoise_clips
 
 # %% ../nbs/16c_explorer.ipynb #77a43998
 @torch.no_grad()
@@ -33,10 +33,10 @@ def noised(
     batch:dict,         # One true clip
     sigma:float,        # Noise level, in latent units
     seed:int=0,         # Of the noise
-)->dict[str, Tensor]:   # 'sigma', latents 'z', 'x' and 'z_hat', pixels 'noisy' and 'y_hat'
-    "Noise of level σ on a clip, denoised in one evaluation, and how both look."
-    d, first = denoise_latents(denoiser, stage.codec, batch, sigma, seed), batch['video'][:, 0]
-    return d | dict(noisy=stage.codec.decode(d['x'], first), y_hat=stage.codec.decode(d['z_hat'], first))
+)->dict[str, Tensor]:   # As `denoise_clips`, and 'noisy': x in pixels
+    "Noise of level σ on a clip, denoised in one evaluation, and how the noise looks."
+    d = denoise_clips(denoiser, stage.codec, batch, sigma, seed)
+    return d | dict(noisy=stage.codec.decode(d['x'], batch['video'][:, 0]))
 
 # %% ../nbs/16c_explorer.ipynb #28795caa
 def lenses(

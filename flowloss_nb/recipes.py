@@ -26,7 +26,7 @@ from .losses import (averaged, flow_objective, hard_gate, large_gate, motion_wei
     recon_objective, soft_gate, warp_objective)
 from .metaworld import load_clips
 from .metrics import clip_measures, copy_first
-from .step import TrainParams, draw_sigma, gradient_norms, step_losses, stream
+from .step import TrainParams, gradient_norms, step_losses, stream
 from .trainer import Job, begin, load_weights, make_accelerator, train_step
 from .validation import denoise_clips, keep_clips, sample_clips
 
@@ -188,7 +188,7 @@ def judge_clips(
     for i in range(0, len(indices), size):
         b = take(clips, indices[i:i + size], device)
         drawn = {'copy': copy_first(b), 'floor': b['video']} if reference else {}
-        drawn |= {'sample': sample_clips(denoiser, stage.codec, b, steps, seed)} | {f'denoise/{s:g}': denoise_clips(denoiser, stage.codec, b, s, seed) for s in sigmas}
+        drawn |= {'sample': sample_clips(denoiser, stage.codec, b, steps, seed)} | {f'denoise/{s:g}': denoise_clips(denoiser, stage.codec, b, s, seed)['y_hat'] for s in sigmas}
         known = stage.estimator(b['video'])
         for name, y_hat in drawn.items():
             for k, v in clip_measures(y_hat, b, stage.estimator, stage.judge, known).items():

@@ -14,10 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 import torch
 from .records import keep_params, lock_run, read_log, write_json
-from .report import columns_of, picture, prose, section, show_value, side_by_side, table, tiles
-from .report import write_report
+from .report import columns_of, show_value
 from .scale import Stopped
-from .validation import denoise_clips, make_validation, sample_clips
 
 # %% ../nbs/16_runs.ipynb #c006
 HERE = Path(globals().get('__file__', '../flowloss_nb/runs.py')).resolve().parent # the package's folder

@@ -7,7 +7,7 @@ __all__ = ['shard', 'whole', 'sliced', 'set_state', 'make_adam', 'end_asked', 'S
 
 # %% ../nbs/13d_scale.ipynb #a3df14ce
 import signal, threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import contextmanager
 import torch
 from torch import Tensor, nn

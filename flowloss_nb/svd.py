@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, StableVideoDiffusionPipeline, UNetSpatioTemporalConditionModel
 from safetensors.torch import load_file, save_file
-from torch import nn
 from .clip import load_image, load_text, random_clip
 from .denoiser import Denoiser
 from .svd_codec import SVDCodec, load_svd_codec

@@ -35,12 +35,12 @@ def open_svd(
 )->tuple[Stage, nn.Module]: # Its parts, the decoder a whole clip's; its denoiser
     "Open a run of Stable Video Diffusion."
     run_dir, asked = Path(run_dir), read_run(run_dir)['params']['experiment']
-    if missing := [k for k in ('data', 'svd', 'text', 'film', 'ids', 'estimator') if k not in asked]: raise ValueError(f'{run_dir}/params.json has no {", ".join(missing)}: another version wrote it (versions.json says which); open it with that version, or train anew')
+    if missing := [k for k in ('data', 'svd', 'text', 'estimator') if k not in asked]: raise ValueError(f'{run_dir}/params.json has no {", ".join(missing)}: another version wrote it (versions.json says which); open it with that version, or train anew')
     if not (run_dir/'model').is_dir(): raise FileNotFoundError(f'{run_dir} has no model yet: train_bridge writes it at its end; start the run again, and it goes on from its last checkpoint')
     clips = {split: PreparedClips(asked['data'], split) if asked['data'] else load_clips(split, 'fixed') for split in ('train', 'validation', 'test')}
     text = asked['text'] if asked['svd'] else run_dir/'tiny_svd'
     F = choose_estimator(asked['estimator'], weights)
-    return Stage(**clips, codec=load_svd_codec(run_dir/'model', reach=None), estimator=F, judge=None), load_svd(run_dir/'model', text, asked['film'], tuple(asked['ids'])).eval()
+    return Stage(**clips, codec=load_svd_codec(run_dir/'model', reach=None), estimator=F, judge=None), load_svd(run_dir/'model', text).eval()
 
 # %% ../nbs/16e_trained.ipynb #bbf865c9
 def open_run(

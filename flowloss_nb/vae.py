@@ -9,7 +9,6 @@ __all__ = ['Residual', 'SmallVAE', 'vae_loss', 'set_scales', 'load_vae']
 import torch
 from pathlib import Path
 from torch import Generator, Tensor, nn
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
 from .codecs import pick_frames
