@@ -91,7 +91,7 @@ def test_lab_runs_a_notebook(request):
         expect(page.locator('.jp-OutputArea-output').get_by_text('36.0')).to_be_visible(timeout=120_000)  # the share of steps below ψ = 1
 
 def test_explorer_follows_its_controls(request):
-    "Each slider, moved by its keys, changes the picture; so does playing the clip."
+    "Each slider, moved by its keys, changes the picture; so does each choice, and playing the clip."
     needs_system(CHROMIUM, 'no Chromium: apt-get install chromium')
     url, root = request.getfixturevalue('lab')
     with running(url, 'explore') as page:
@@ -105,5 +105,8 @@ def test_explorer_follows_its_controls(request):
         for slider in ('frame t', 'gate ψ', 'noise σ'):
             page.locator('.widget-hslider').filter(has_text=slider).get_by_role('slider').press('ArrowRight')
             changes(slider)
+        for name, choice in (('clip', dict(index=1)), ('strategy', dict(label='average_ss')), ('F', dict(label='DIS'))):
+            page.locator('.widget-dropdown').filter(has=page.get_by_text(name, exact=True)).locator('select').select_option(**choice)
+            changes(name)
         page.locator('.widget-play button').first.click()
         changes('play'); changes('play')
