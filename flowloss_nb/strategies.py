@@ -6,8 +6,8 @@
 __all__ = ['OFFICIAL', 'RECORD', 'NEEDED', 'NAMES', 'COLOURS', 'SHARED', 'MEASURES', 'all_measures', 'bearable', 'kept_distances',
            'open_share', 'average_flops', 'run_record', 'read_record', 'read_sweep', 'recorded_sweep', 'arm_name',
            'check_alike', 'arms', 'over_seeds', 'verdict', 'said', 'over_clips', 'measured', 'strategy_rows',
-           'at_steps', 'at_step', 'draw_curves', 'draw_differences', 'sampled', 'shared_seed', 'kept_near',
-           'draw_samples', 'record_sweep']
+           'protocol_words', 'at_steps', 'at_step', 'draw_curves', 'draw_differences', 'sampled', 'shared_seed',
+           'kept_near', 'draw_samples', 'record_sweep']
 
 # %% ../nbs/16d_strategies.ipynb #f382f3ce
 import json, math, shutil
@@ -25,6 +25,7 @@ from .edm import share_below
 from .metrics import bootstrap_interval, paired_interval
 from .recipes import results
 from .records import read_log, write_json
+from .runs import in_words
 from .step import TrainParams, draw_sigma, step_losses
 from .trainer import step_cost
 from .validation import kept_clips
@@ -251,6 +252,16 @@ def strategy_rows(
     told = {name: {k: over_seeds(arm, by.get(base, {}), lambda r: r['test'][k]) for k in measured(by)} for name, arm in by.items()}
     means = [{'strategy': name, 'seeds': len(by[name])} | {MEASURES[k][0]: t['mean'] for k, t in row.items()} for name, row in told.items()]
     return means, [{'strategy': name} | {MEASURES[k][0]: said(t) for k, t in row.items()} for name, row in told.items() if any('low' in t for t in row.values())]
+
+# %% ../nbs/16d_strategies.ipynb #c169cd63
+def protocol_words(
+    record:dict,        # Of a run
+    split:str='test',   # Whose distances: 'test' or 'validation'
+)->str:                 # Markdown, one line for the run and one for each distance
+    "How a record's numbers were made."
+    sets = record.get('distances', {}).get('protocol', {}).get(split, {})
+    told = [{'measure': name} | about | {'stride': about['stride'] or 'episodes resampled'} for name, about in sets.items()]
+    return '\n\n'.join(map(in_words, (record['protocol'], *told)))
 
 # %% ../nbs/16d_strategies.ipynb #8f0d5103
 def at_steps(
