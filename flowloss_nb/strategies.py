@@ -253,7 +253,7 @@ def strategy_rows(
     means = [{'strategy': name, 'seeds': len(by[name])} | {MEASURES[k][0]: t['mean'] for k, t in row.items()} for name, row in told.items()]
     return means, [{'strategy': name} | {MEASURES[k][0]: said(t) for k, t in row.items()} for name, row in told.items() if any('low' in t for t in row.values())]
 
-# %% ../nbs/16d_strategies.ipynb #c169cd63
+# %% ../nbs/16d_strategies.ipynb #5bb4eaf9
 def protocol_words(
     record:dict,        # Of a run
     split:str='test',   # Whose distances: 'test' or 'validation'

@@ -63,6 +63,7 @@ def do_run(
         write_text(place/'failed.txt', f'{e}\n')
         return told('failed', str(e))
 
+# %% ../nbs/16a_sweeps.ipynb #264f6d85
 def run_when_free(
     notebook:Path,  # Of an experiment
     place:Path,     # The run's folder
@@ -98,6 +99,7 @@ def apart(
     if done.returncode: return dict(run=run.name, state='failed', seconds=None, error=f'its process ended with code {done.returncode}: {done.stderr[-2000:]}')
     return json.loads(done.stdout.splitlines()[-1])
 
+# %% ../nbs/16a_sweeps.ipynb #64ccb129
 def done_here(
     notebook:Path,      # Of an experiment
     folder:Path,        # Of the sweep
@@ -108,6 +110,7 @@ def done_here(
     with ThreadPoolExecutor(jobs) as pool:
         for f in as_completed([pool.submit(apart, notebook, folder, r) for r in runs]): yield f.result()
 
+# %% ../nbs/16a_sweeps.ipynb #454bb93f
 def done_on_ray(
     notebook:Path,      # Of an experiment, on a disk that all nodes see
     folder:Path,        # Of the sweep, on such a disk
