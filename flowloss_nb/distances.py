@@ -186,7 +186,7 @@ def load_lpips(
     fit_state(net.net, trunk, str(path))
     return net.eval().requires_grad_(False)
 
-# %% ../nbs/15a_distances.ipynb #bcdac123
+# %% ../nbs/15a_distances.ipynb #d2fc5927
 @torch.no_grad()
 def lpips(
     y_hat:Tensor,   # Generated clip `(B,T,3,H,W)`
@@ -236,7 +236,7 @@ def fid_measure(
     about = dict(network='inception-v3-compat of torch-fidelity', weights=file_hash(path), looked_at=[299, 299], features='2048 per frame, frames 1..T-1, on bytes')
     return {'FID': Measure(partial(inception_looks, net=net), partial(frechet_value, minimum=minimum), about)}
 
-# %% ../nbs/15a_distances.ipynb #c215bc57
+# %% ../nbs/15a_distances.ipynb #8f712fc4
 def fvd_measure(
     folder:str|Path,          # Where the user keeps weights
     weights:Official=I3D_FVD, # Or `I3D_RGB`, `I3D_SCRIPT`
@@ -249,7 +249,7 @@ def fvd_measure(
     about = dict(network=f'I3D, {weights.file}', weights=file_hash(Path(folder)/weights.file), looked_at=[224, 224], features='400 logits, frames 0..T-1')
     return {'FVD': Measure(partial(looks, net=net), partial(frechet_value, minimum=minimum), about)}
 
-# %% ../nbs/15a_distances.ipynb #9c4b8dbe
+# %% ../nbs/15a_distances.ipynb #da701941
 def lpips_measure(
     folder:str|Path,       # Where the user keeps weights
 )->dict[str, Measure]:     # LPIPS, averaged over clips
@@ -290,7 +290,7 @@ def check_sets(
     if max(a['low'], b['low']) > -0.02 and min(a['low'], b['low']) < -0.2:
         raise ValueError(f"generated pixels lie in [{a['low']:.2g}, {a['high']:.2g}], true ones in [{b['low']:.2g}, {b['high']:.2g}]: bring both to [-1, 1]")
 
-# %% ../nbs/15a_distances.ipynb #2e551846
+# %% ../nbs/15a_distances.ipynb #f600e660
 def set_measures(
     generated:Iterable|dict,      # Batches of generated clips, or their `set_features`
     true:Iterable|dict,           # Batches of true clips, in the same order if paired, or their `set_features`
