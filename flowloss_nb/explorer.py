@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PANELS', 'ROWS', 'AXIS', 'COLOURS', 'LEVELS', 'START', 'noised', 'lenses', 'Look', 'all_errors', 'remember',
            'weight_rule', 'weights_at', 'weigh', 'numbers_column', 'weight_plot', 'picture', 'wheel', 'new_view',
-           'pixels', 'numbers', 'show', 'paint', 'controls', 'explorer']
+           'check_frame', 'pixels', 'numbers', 'show', 'paint', 'controls', 'explorer']
 
 # %% ../nbs/16c_explorer.ipynb #017e25e7
 import io
@@ -81,10 +81,10 @@ def remember(
     denoiser:nn.Module,     # x, σ, cond → ẑ
     clips:Dataset,          # Better with exact flow
     seed:int=0,             # Of the noise
-    keep:int=64,            # Looks to keep, about 4 MB each
+    keep:int|None=None,     # Looks to keep; None: about 1 GB of them, 140 of 14×64×96 and 9 of 14×256×384
 )->Callable:                # clip number, σ, F's name → `Look`
     "A function that looks once and remembers."
-    once, F, device = lru_cache(keep), lenses(stage, clips), next(denoiser.parameters()).device
+    once, F, device = lru_cache(keep or max(4, 10**9 // (80*clips[0]['video'][:, 0].numel()))), lenses(stage, clips), next(denoiser.parameters()).device
     true = once(lambda clip: take(clips, [clip], device))
     drawn = once(lambda clip, sigma: noised(stage, denoiser, true(clip), sigma, seed))
     through = lambda clip, name, video: torch.no_grad()(F[name](true(clip)))(video)
@@ -95,6 +95,7 @@ def remember(
     floor, judged = once(lambda clip: missed(clip, true(clip)['video'])), once(lambda clip, sigma: missed(clip, drawn(clip, sigma)['y_hat']))
     @once
     def look(clip, sigma, name):
+        if name not in F: raise ValueError(f'no estimator {name!r} here: choose from {", ".join(F)}')
         b, d, (flow, visible) = true(clip), drawn(clip, sigma), seen(clip, name)
         flow_hat, exact = through(clip, name, d['y_hat'])[0], b.get('flow', flow)
         errors = all_errors(b, d, (flow, visible), flow_hat) | dict(epe=judged(clip, sigma), epe_true=floor(clip))
@@ -201,11 +202,19 @@ def new_view(
                 weights=weight_plot(at(2, .4, 2*wide + gap - .38, low - .57, .38)))
 
 # %% ../nbs/16c_explorer.ipynb #3b4f8e3b
+def check_frame(
+    t:int,          # Frame
+    frames:int,     # Of the clip, T
+):
+    "Refuse a frame to which no flow leads."
+    if not 1 <= t < frames: raise ValueError(f't = {t}: flow leads from frame 0 to one of 1..{frames - 1}')
+
 def pixels(
     look:Look,              # What is shown
     t:int,                  # Frame, 1..T-1
 )->dict[str, Tensor]:       # Panel → `(H,W,3)`, bytes or in [0,1]
     "The pictures of one frame."
+    check_frame(t, len(look.video))
     clips = dict(first=look.video[0], video=look.video[t], noisy=look.noisy[t], y_hat=look.y_hat[t])
     flows = {name: flow_to_rgb(getattr(look, name)[t - 1], look.reach) for name in ('flow', 'flow_hat', 'exact')}
     seen = look.visible[t - 1].float().expand(3, -1, -1)

@@ -96,7 +96,7 @@ def keep_params(
     say = lambda d, k: repr(d[k]) if k in d else '(absent)'
     changed = [f'{section}.{k}: {say(old, k)} → {say(new, k)}' for k in sorted({*old, *new} - {*free})
                if say(old, k) != say(new, k)]
-    other = 'Another version of the program began it (versions.json beside it says which): go on with that version' if {*old} ^ {*new} else 'Give the old values back'
+    other = 'Another version of the program began it (versions.json beside it says which): go on with that version' if ({*old} ^ {*new}) - {*free} else 'Give the old values back'
     if changed: raise ValueError(f"run folder {run_dir} was begun with other parameters: {'; '.join(changed)}. {other}, or choose another folder")
     write_json(path, {**kept, section: new})
 

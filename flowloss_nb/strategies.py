@@ -269,7 +269,7 @@ def strategy_rows(
     means = [{'strategy': name, 'seeds': len(by[name])} | {MEASURES[k][0]: t['mean'] for k, t in row.items()} for name, row in told.items()]
     return means, [{'strategy': name} | {MEASURES[k][0]: said(t) for k, t in row.items()} for name, row in told.items() if any('low' in t for t in row.values())]
 
-# %% ../nbs/16d_strategies.ipynb #bb5bd16f
+# %% ../nbs/16d_strategies.ipynb #60e3081c
 def with_interval(
     by:dict,                # From `arms`
     base:str='recon only',  # What is compared with
@@ -329,7 +329,7 @@ def at_step(
     "What a validation measured."
     return next(l[key] for l in record['curve'] if l['step'] == step)
 
-# %% ../nbs/16d_strategies.ipynb #a8668182
+# %% ../nbs/16d_strategies.ipynb #0cdbf858
 def rows_at(
     by:dict,            # From `arms`
     step:int,           # Of the validation

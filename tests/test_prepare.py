@@ -5,6 +5,7 @@ As a script this file prepares once; or it imports everything once and forks run
 import json, os, random, signal, subprocess, sys, time
 from ctypes.util import find_library
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 import numpy as np
 import pytest
@@ -135,7 +136,8 @@ def where(job):
 
 def test_cluster_of_two_nodes(tree, whole, tmp_path, monkeypatch):
     "Ray: both nodes work; one is taken away meanwhile, and the bytes are the same."
-    ray = pytest.importorskip('ray')
+    needs_system(find_spec('ray'), 'Ray is not installed: pip install "flowloss_nb[cluster]"')
+    import ray
     from ray.cluster_utils import Cluster
     for k in ('PYTHONPATH', 'OMP_NUM_THREADS', 'RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO'): monkeypatch.setenv(k, ENV[k])
     small = dict(object_store_memory=80 * 2**20, include_dashboard=False)

@@ -1,8 +1,9 @@
 "A sweep on a Ray cluster of two nodes, one worker of which is killed in the middle of a run."
 import json, os, signal, time
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
-import pytest
+from conftest import needs_system
 from flowloss_nb import records
 from flowloss_nb.sweeps import sweep
 
@@ -38,7 +39,7 @@ def kill_once(folder, steps):
         time.sleep(.05)
 
 def test_a_worker_is_killed_and_the_run_completes(tmp_path, monkeypatch):
-    pytest.importorskip('ray', reason='Ray is not installed: pip install "flowloss_nb[cluster]"')
+    needs_system(find_spec('ray'), 'Ray is not installed: pip install "flowloss_nb[cluster]"')
     from ray.cluster_utils import Cluster
     monkeypatch.setenv('PYTHONPATH', str(ROOT)); monkeypatch.setenv('OMP_NUM_THREADS', '1'); monkeypatch.setenv('RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO', '0')
     steps = 120
