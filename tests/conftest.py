@@ -1,6 +1,9 @@
 "What several tests share."
-import os
+import os, shutil
 import pytest
+
+CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+CHROMIUM_FLAGS = '--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update'.split()
 
 def needs_system(
     present: bool,  # Is it there?

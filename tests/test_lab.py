@@ -1,13 +1,11 @@
 "JupyterLab in a real browser opens notebooks of ours and runs them from top to bottom; sliders move, pictures follow."
-import json, os, shutil, socket, subprocess, sys, time, urllib.request
+import json, os, socket, subprocess, sys, time, urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 import pytest
-from conftest import needs_system
+from conftest import CHROMIUM, CHROMIUM_FLAGS, needs_system
 from notebooks import NBS, ROOT
 
-CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-CHROMIUM_FLAGS = '--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update'.split()
 LAB_FLAGS = ('--no-browser --allow-root --ip=127.0.0.1 --ServerApp.port_retries=0 --IdentityProvider.token= --ServerApp.password= '
              '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.extension_manager=readonly').split()
 

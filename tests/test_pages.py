@@ -1,5 +1,6 @@
 "What people read is current and complete: README.md and the site."
 import json, re
+from conftest import CHROMIUM, CHROMIUM_FLAGS, needs_system
 from notebooks import ROOT, copy_project, notebooks, python
 from pages import Problems, check_links, cross_reference, readme, sidebar
 
@@ -18,14 +19,33 @@ def test_readme_links():
     missing = [l for l in links if not (ROOT/l).exists()]
     assert links and not missing, missing
 
+def too_wide(site, widths=(390, 1280)) -> list[str]:
+    "Pages that scroll sideways in a browser of these widths, or show a picture that isn't there."
+    from playwright.sync_api import sync_playwright
+    found = []
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
+        for width in widths:
+            page = browser.new_page(viewport=dict(width=width, height=900))
+            for file in sorted(site.rglob('*.html')):
+                page.goto(file.as_uri())
+                wide, broken = page.evaluate("[document.documentElement.scrollWidth, [...document.images].filter(i => i.complete && !i.naturalWidth).length]")
+                if wide > width or broken: found.append(f'{file.relative_to(site)} at {width}: {wide} wide, {broken} broken pictures')
+        browser.close()
+    return found
+
 def test_site(tmp_path):
-    "Every page builds, and nothing on it dangles."
+    "Every page builds, nothing on it dangles, and none scrolls sideways on a telephone."
     folder = copy_project(tmp_path)
     python('tests/pages.py', 'site', folder=folder, seconds=600)
     assert (folder/'_docs/index.html').exists()
     mute = [n.stem for n in EXPERIMENTS if not 'Question.' in (folder/f'_docs/experiments/{n.stem}.html').read_text()]
     assert 'href="source/losses.py"' in (folder/'_docs/losses.html').read_text() and (folder/'_docs/source/losses.py').exists()
     assert EXPERIMENTS and not mute, f'what stands below the title is lost from {mute}'
+    needs_system(CHROMIUM, 'the pages were built, and not looked at: no Chromium: apt-get install chromium')
+    assert not (wrong := too_wide(folder/'_docs')), '\n'.join(wrong)
+    (tmp_path/'wrong').mkdir(); (tmp_path/'wrong'/'a.html').write_text('<div style="width: 500px">wide</div><img src="gone.png">')
+    assert [w.split(': ')[1] for w in too_wide(tmp_path/'wrong')] == ['508 wide, 1 broken pictures', '1280 wide, 1 broken pictures']
 
 def test_what_is_wrong_is_found(tmp_path):
     "Each kind of fault that the site's build looks for is found where there is one, and nowhere else."
