@@ -62,7 +62,7 @@ def read_json(
 )->object:
     "Read JSON, or say which file is damaged."
     try: value = json.loads(Path(path).read_text(encoding='utf-8'))
-    except ValueError as e: raise ValueError(f'{path} is damaged: {e}. Delete it, or bring back a whole copy') from None
+    except ValueError as e: raise ValueError(f'{path} is damaged: {e}') from None
     if not isinstance(value, kind): raise ValueError(f'{path} holds a {type(value).__name__} where a {kind.__name__} should be: it is another program\'s file, or damaged')
     return value
 
@@ -96,7 +96,7 @@ def keep_params(
     say = lambda d, k: repr(d[k]) if k in d else '(absent)'
     changed = [f'{section}.{k}: {say(old, k)} → {say(new, k)}' for k in sorted({*old, *new} - {*free})
                if say(old, k) != say(new, k)]
-    other = 'Another version of the program began it (versions.json beside it says which): go on with that version' if ({*old} ^ {*new}) - {*free} else 'Give the old values back'
+    other = 'Another notebook, or another version of this one, began it (versions.json says which): go on with that' if ({*old} ^ {*new}) - {*free} else 'Give the old values back'
     if changed: raise ValueError(f"run folder {run_dir} was begun with other parameters: {'; '.join(changed)}. {other}, or choose another folder")
     write_json(path, {**kept, section: new})
 
@@ -198,8 +198,8 @@ def load_checkpoint(
     "Read a checkpoint."
     path = Path(path)
     if not (path/'state.json').exists(): raise FileNotFoundError(f'{path} is no checkpoint: it has no state.json')
-    try: tensors = {f.stem: load_file(f, device=str(device)) for f in sorted(path.glob('*.safetensors'))}
-    except SafetensorError as e:
+    try: tensors, state = {f.stem: load_file(f, device=str(device)) for f in sorted(path.glob('*.safetensors'))}, read_json(path/'state.json')
+    except (SafetensorError, ValueError) as e:
         raise ValueError(f'checkpoint {path} is damaged: {e}. '
                          'Delete that folder: the run goes on from the one before') from None
-    return tensors, read_json(path/'state.json')
+    return tensors, state

@@ -7,8 +7,8 @@ __all__ = ['OFFICIAL', 'RECORD', 'NEEDED', 'NAMES', 'COLOURS', 'OWN', 'MEASURES'
            'open_share', 'average_flops', 'run_record', 'read_record', 'read_sweep', 'recorded_sweep', 'arm_name',
            'conditions', 'check_alike', 'arms', 'over_seeds', 'verdict', 'said', 'over_clips', 'measured',
            'strategy_rows', 'with_interval', 'clip_rows', 'draw_relative', 'protocol_words', 'at_steps', 'at_step',
-           'rows_at', 'draw_curves', 'draw_differences', 'sampled', 'shared_seed', 'kept_near', 'draw_samples',
-           'record_sweep']
+           'rows_at', 'draw_curves', 'draw_differences', 'sampled', 'drawable', 'shared_seed', 'kept_near',
+           'draw_samples', 'record_sweep']
 
 # %% ../nbs/16d_strategies.ipynb #f382f3ce
 import json, math, shutil
@@ -172,7 +172,7 @@ def conditions(
 )->dict:                # Name → value
     "All that a run's numbers depend on besides its strategy and seed."
     apart = record.get('distances', {}).get('protocol', {})
-    looks = {f'{name} ({split})': {k: v for k, v in about.items() if k != 'seeds'} for split, told in apart.items() for name, about in told.items()}
+    looks = {f'{name} ({split}), {k}': v for split, told in apart.items() for name, about in told.items() for k, v in about.items() if k != 'seeds'}
     return record['protocol'] | looks | ({'s': f"{record['s']:.3g}"} if 's' in record else {})
 
 def check_alike(
@@ -182,7 +182,7 @@ def check_alike(
     "Refuse runs whose numbers don't compare. A distance that a run lacks is no difference: the column is left out."
     told = [conditions(r) for r in runs]
     for key in sorted({k for c in told for k in c} - set(own)):
-        found = {str(c.get(key)): r['folder'] for c, r in zip(told, runs) if key in c or not key.endswith(')')}
+        found = {str(c.get(key)): r['folder'] for c, r in zip(told, runs) if key in c or '), ' not in key}
         if len(found) > 1: raise ValueError(f"runs differ in {key}: {', '.join(f'{v} in {p}' for v, p in found.items())}; compare only runs that share it")
 
 # %% ../nbs/16d_strategies.ipynb #10f5a851
@@ -227,11 +227,11 @@ def verdict(
 
 # %% ../nbs/16d_strategies.ipynb #dc3f9122
 def said(
-    told:dict,              # From `over_seeds`
-)->str:                     # '+0.12 (-0.3 to +0.5)', '+0.12, one seed', or '–'
+    told:dict,              # From `over_seeds` or `over_clips`
+)->str:                     # '+0.12 (-0.3 to +0.5)', '+0.12, one seed', '+0.12, one clip', or '–'
     "A difference as it stands in a table."
     if 'difference' not in told: return '–'
-    return f"{told['difference']:+.3g}" + (f" ({told['low']:+.3g} to {told['high']:+.3g})" if 'low' in told else ', one seed')
+    return f"{told['difference']:+.3g}" + (f" ({told['low']:+.3g} to {told['high']:+.3g})" if 'low' in told else ', one clip' if 'n' in told else ', one seed')
 
 # %% ../nbs/16d_strategies.ipynb #dd80e58c
 def over_clips(
@@ -304,13 +304,16 @@ def draw_relative(
 
 # %% ../nbs/16d_strategies.ipynb #5bb4eaf9
 def protocol_words(
-    record:dict,        # Of a run
+    by:dict,            # From `arms`
     split:str='test',   # Whose distances: 'test' or 'validation'
-)->str:                 # Markdown, one line for the run and one for each distance
-    "How a record's numbers were made."
-    sets = record.get('distances', {}).get('protocol', {}).get(split, {})
-    told = [{'measure': name} | about | {'stride': about['stride'] or 'episodes resampled'} for name, about in sets.items()]
-    return '\n\n'.join(map(in_words, (record['protocol'], *told)))
+)->str:                 # Markdown, one line for the runs, one for each distance, one for each strategy with something of its own
+    "How the numbers were made: the first run's protocol, and where other strategies differ."
+    firsts = {name: next(iter(arm.values())) for name, arm in by.items()}
+    first, *others = firsts.values()
+    sets = first.get('distances', {}).get('protocol', {}).get(split, {})
+    told = [first['protocol']] + [{'measure': name} | about | {'stride': about['stride'] or 'episodes resampled'} for name, about in sets.items()]
+    own = {name: {k: v for k, v in conditions(r).items() if k in OWN and v != conditions(first).get(k)} for name, r in firsts.items()}
+    return '\n\n'.join(map(in_words, told + [{'strategy': name} | kept for name, kept in own.items() if kept]))
 
 # %% ../nbs/16d_strategies.ipynb #8f0d5103
 def at_steps(
@@ -386,6 +389,19 @@ def sampled(
     return {p.stem: tuple(to_float(read_video(p)).chunk(2, -1)) for p in files}
 
 # %% ../nbs/16d_strategies.ipynb #01836aa7
+def drawable(
+    by:dict,            # From `arms`
+    names:list[str],    # Which of them
+)->list[str]:           # Those that have run, and share a seed with the first
+    "Strategies whose samples may stand in one figure; the others are said."
+    there = [name for name in names if name in by]
+    if not there: raise ValueError(f'none of {names} has finished; there are {list(by)}')
+    shared, out = set(by[there[0]]), []
+    for name in there:
+        if shared & set(by[name]): shared &= set(by[name]); out.append(name)
+    print('drawn:', ', '.join(out), '  not run, or no shared seed:', ', '.join(n for n in names if n not in out) or 'none')
+    return out
+
 def shared_seed(
     by:dict,            # From `arms`
     names:list[str],    # Which of them
@@ -418,6 +434,7 @@ def draw_samples(
     seed = shared_seed(by, names)
     found = {name: sampled(by[name][seed]['folder'], step) for name in names}
     shared = [c for c in next(iter(found.values())) if all(c in f for f in found.values())][:clips]
+    if frames and not all(0 <= t < len(found[names[0]][shared[0]][0]) for t in frames): raise ValueError(f'frames = {frames}: these clips have frames 0..{len(found[names[0]][shared[0]][0]) - 1}')
     rows = [row for c in shared for row in [('true', found[names[0]][c][0])] + [(name, found[name][c][1]) for name in names]]
     wide = rows[0][1].shape[-1]*(len(frames) if frames else 7) / rows[0][1].shape[-2]
     fig, axes = plt.subplots(len(rows), 1, figsize=(8, len(rows)*8/wide), dpi=80, squeeze=False, gridspec_kw=dict(hspace=.03, left=.12, right=1, top=1, bottom=0))

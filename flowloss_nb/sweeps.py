@@ -10,6 +10,7 @@ __all__ = ['SHAPES', 'Run', 'run_name', 'check_plan', 'read_values', 'expand', '
 import argparse, itertools, json, os, re, signal, subprocess, sys, threading, time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 from .records import read_json, write_json, write_text
@@ -48,7 +49,7 @@ def read_values(
     params:dict,        # Name → value, or text that stands for one
 )->dict:                # Name → value
     "Parameters as 16_runs reads them."
-    return {str(k): [parse_value(x) for x in v] if isinstance(v, list) else parse_value(v) for k, v in params.items()}
+    return {str(k): parse_value(v) for k, v in params.items()}
 
 # %% ../nbs/16a_sweeps.ipynb #77e6583c
 def expand(
@@ -69,8 +70,8 @@ def failed(
     place:Path,     # The run's folder
     why:object,     # What went wrong
 )->str:             # The same in words
-    "Leave word in a run's folder that it failed."
-    write_text(place/'failed.txt', f'{why}\n')
+    "Leave word in a run's folder that it failed, if there is room for a word."
+    with suppress(OSError): write_text(place/'failed.txt', f'{why}\n')
     return str(why)
 
 def do_run(
@@ -84,10 +85,11 @@ def do_run(
     asked = place/'asked.json'
     try:
         if asked.exists() and (old := read_json(asked)) != json.loads(json.dumps(run.params)): return told('failed', f'{place} was begun with other parameters: {old}')
-        if (place/'metrics.json').exists() and read_json(place/'metrics.json', object) is not None: return told('was done')
-        write_json(asked, run.params); (place/'failed.txt').unlink(missing_ok=True)
-        run_when_free(notebook, place, run.params, start + patience)
-        return told('done')
+        if not (there := (place/'metrics.json').exists()):
+            write_json(asked, run.params); (place/'failed.txt').unlink(missing_ok=True)
+            run_when_free(notebook, place, run.params, start + patience)
+        read_json(place/'metrics.json', object); (place/'failed.txt').unlink(missing_ok=True)
+        return told('was done' if there else 'done')
     except Exception as e: return told('failed', failed(place, e))
 
 # %% ../nbs/16a_sweeps.ipynb #264f6d85
@@ -166,7 +168,8 @@ def sweep(
     gpus:float=0,           # Of the cluster, for each run
 )->list[dict]:              # As `do_run`, one a run, in the file's order
     "Do all runs of a sweep that are not done yet."
-    folder, runs, rows, notebook = Path(folder).resolve(), expand(plan), {}, str(find_notebook(plan['notebook']))
+    folder, runs, rows, notebook = Path(folder).resolve(), expand(plan), {}, plan['notebook']
+    if notebook.endswith('.ipynb'): notebook = str(find_notebook(notebook))
     folder.mkdir(parents=True, exist_ok=True)
     ends = done_on_ray(notebook, folder, runs, cluster, gpus) if cluster else done_here(notebook, folder, runs, jobs)
     for row in ends:
@@ -185,7 +188,7 @@ def progress(
     for r in expand(plan):
         place = Path(folder)/r.name
         last = max((int(p.name[5:]) for p in place.glob('**/checkpoints/step_*')), default=None)
-        state = 'done' if (place/'metrics.json').exists() else 'failed' if (place/'failed.txt').exists() else 'begun' if place.exists() else 'waiting'
+        state = 'failed' if (place/'failed.txt').exists() else 'done' if (place/'metrics.json').exists() else 'begun' if place.exists() else 'waiting'
         rows.append(dict(run=r.name, state=state, step=last, notebook=str(place/'notebook.ipynb') if state == 'failed' else ''))
     return rows
 

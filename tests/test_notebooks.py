@@ -1,5 +1,5 @@
 "Every notebook runs from top to bottom; what is in git is what the notebooks say."
-import ast, ctypes.util, re
+import ast, ctypes.util, json, re
 import pytest
 from conftest import needs_system
 from notebooks import NBS, ROOT, cells, code, copy_project, imported, module, name, notebooks, number, python, source
@@ -27,7 +27,10 @@ def test_experiment(notebook, tmp_path):
     "An experiment's defaults are a smoke run that leaves a metrics.json (in a copy of its own, so that no other run's is found)."
     folder = copy_project(tmp_path)
     python('tests/notebooks.py', name(notebook), folder=folder, seconds=SECONDS)
-    assert list(folder.rglob('metrics.json')), f'{name(notebook)} wrote no metrics.json'
+    found = list((folder/'nbs/experiments').rglob('metrics.json'))
+    assert found, f'{name(notebook)} wrote no metrics.json'
+    drawn = {d for f in found if (d := json.loads(f.read_text()).get('drawn'))}
+    assert drawn <= {'what is recorded'}, 'its figures are of the smoke run: record it anew (params/)'
     if 'write_report' in code(notebook): assert list(folder.rglob('report.html')), f'{name(notebook)} wrote no report.html'
 
 @pytest.mark.parametrize('notebook', EXPERIMENTS, ids=name)
@@ -61,6 +64,8 @@ def test_notebook_is_clean(notebook):
     clean_nb(nb, False, cfg.get('allowed_metadata_keys').split(), cfg.get('allowed_cell_metadata_keys').split(), cfg.clean_ids)
     assert nb2str(nb) == notebook.read_text(), 'run make export'
     assert not any(o['output_type'] == 'error' for c in cells(notebook) for o in c.get('outputs', []))
+    bare = [source(c).splitlines()[0] for c in cells(notebook) if source(c).startswith('#| label: fig-') and not any(k.startswith('image/') for o in c['outputs'] for k in o.get('data', {}))]
+    assert not bare, f'figures without a picture: {bare}'
 
 def test_settings_keep_tags():
     "Without this setting nbdev_clean strips papermill's tag, and every run would silently use the defaults."
