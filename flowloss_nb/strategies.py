@@ -231,7 +231,8 @@ def said(
 )->str:                     # '+0.12 (-0.3 to +0.5)', '+0.12, one seed', '+0.12, one clip', or '–'
     "A difference as it stands in a table."
     if 'difference' not in told: return '–'
-    return f"{told['difference']:+.3g}" + (f" ({told['low']:+.3g} to {told['high']:+.3g})" if 'low' in told else ', one clip' if 'n' in told else ', one seed')
+    middle, *ends = (f'{round(told[k], 6):+.3g}' for k in ('difference', 'low', 'high') if k in told)
+    return middle + (f" ({' to '.join(ends)})" if ends else ', one clip' if 'n' in told else ', one seed')
 
 # %% ../nbs/16d_strategies.ipynb #dd80e58c
 def over_clips(
@@ -311,7 +312,7 @@ def protocol_words(
     firsts = {name: next(iter(arm.values())) for name, arm in by.items()}
     first, *others = firsts.values()
     sets = first.get('distances', {}).get('protocol', {}).get(split, {})
-    told = [first['protocol']] + [{'measure': name} | about | {'stride': about['stride'] or 'episodes resampled'} for name, about in sets.items()]
+    told = [first['protocol'] | {k: v for k, v in conditions(first).items() if k == 's'}] + [{'measure': name} | about | {'stride': about['stride'] or 'episodes resampled'} for name, about in sets.items()]
     own = {name: {k: v for k, v in conditions(r).items() if k in OWN and v != conditions(first).get(k)} for name, r in firsts.items()}
     return '\n\n'.join(map(in_words, told + [{'strategy': name} | kept for name, kept in own.items() if kept]))
 
