@@ -2,6 +2,7 @@
 import json, os, socket, subprocess, sys, time, urllib.request
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 import pytest
 from conftest import CHROMIUM, CHROMIUM_FLAGS, needs_system
 from notebooks import NBS, ROOT
@@ -81,6 +82,17 @@ def shown(page) -> str:
         return btoa(Array.from(new Uint8Array(bytes), b => String.fromCharCode(b)).join(''))
     }""")
 
+def answer(page, slider: str, key: str) -> float:
+    "Milliseconds from a key on a slider to the frame in which the browser has the new picture."
+    return page.evaluate("""([name, key]) => new Promise((done, fail) => {
+        const img = document.querySelector('img.widget-image'), old = img.src
+        const box = [...document.querySelectorAll('.widget-hslider')].find(b => b.textContent.includes(name))
+        const start = performance.now()
+        const wait = () => performance.now() - start
+        const look = () => requestAnimationFrame(() => wait() > 30000 ? fail(`${name}: no new picture`) : img.src !== old && img.complete ? done(wait()) : look())
+        box.querySelector('[role=slider]').dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true})); look()
+    })""", [slider, key])
+
 def test_lab_runs_a_notebook(request):
     needs_system(CHROMIUM, 'no Chromium: apt-get install chromium')
     url, _ = request.getfixturevalue('lab')
@@ -103,6 +115,9 @@ def test_explorer_follows_its_controls(request):
         for slider in ('frame t', 'gate ψ', 'noise σ'):
             page.locator('.widget-hslider').filter(has_text=slider).get_by_role('slider').press('ArrowRight')
             changes(slider)
+        for slider in ('frame t', 'gate ψ'):
+            waits = [answer(page, slider, ('ArrowLeft', 'ArrowRight')[i % 2]) for i in range(10)]
+            print(f'{slider}: {median(waits):.0f} ms to the new picture, at most {max(waits):.0f}')
         for name, choice in (('clip', dict(index=1)), ('strategy', dict(label='average_ss')), ('F', dict(label='DIS'))):
             page.locator('.widget-dropdown').filter(has=page.get_by_text(name, exact=True)).locator('select').select_option(**choice)
             changes(name)
