@@ -310,7 +310,7 @@ def protocol_words(
 )->str:                 # Markdown, one line for the runs, one for each distance, one for each strategy with something of its own
     "How the numbers were made: the first run's protocol, and where other strategies differ."
     firsts = {name: next(iter(arm.values())) for name, arm in by.items()}
-    first, *others = firsts.values()
+    first = next(iter(firsts.values()))
     sets = first.get('distances', {}).get('protocol', {}).get(split, {})
     told = [first['protocol'] | {k: v for k, v in conditions(first).items() if k == 's'}] + [{'measure': name} | about | {'stride': about['stride'] or 'episodes resampled'} for name, about in sets.items()]
     own = {name: {k: v for k, v in conditions(r).items() if k in OWN and v != conditions(first).get(k)} for name, r in firsts.items()}
