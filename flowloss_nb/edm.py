@@ -30,7 +30,8 @@ def sample_sigma(
     "Draw noise levels from the log-normal prior of Eq. (1)."
     if n < 1: raise ValueError(f"sample_sigma: n is {n}, but at least one noise level must be drawn")
     if P_std < 0: raise ValueError(f"sample_sigma: P_std is {P_std}; a standard deviation is not negative")
-    normal = torch.randn(n, generator=generator, device=generator.device if generator else device)
+    where = generator.device if generator else device
+    normal = torch.randn(n, generator=generator, dtype=torch.float32, device=where)
     return (P_mean + P_std*normal).exp().to(device)
 
 # %% ../nbs/04_edm.ipynb #c012
@@ -48,9 +49,10 @@ def share_below(
 def check_sigma(
     sigma:Tensor|float, # Noise level σ, any shape
     zero:bool=False,    # Is σ = 0 fine here? Not where σ is divided by or its logarithm taken
-)->Tensor:              # `sigma`, as a tensor
+)->Tensor:              # `sigma`, as a tensor of float32 at least
     "Refuse a σ that is negative, not finite, or zero where zero makes no sense."
     sigma = torch.as_tensor(sigma)
+    sigma = sigma.to(torch.promote_types(sigma.dtype, torch.float32))
     good = sigma.isfinite() & ((sigma >= 0) if zero else (sigma > 0))
     if not good.all():
         bad = sigma[~good].flatten()[0].item()
@@ -108,26 +110,27 @@ def c_noise(
 
 # %% ../nbs/04_edm.ipynb #c046
 def expand(
-    sigma:Tensor|float, # One value per clip, `(B,)`, or one for all
+    sigma:Tensor|float, # One value per clip, `(B,)` or `(B, 1, ..., 1)`, or one for all
     x:Tensor,           # `(B, ...)`
-)->Tensor:              # `(B, 1, ..., 1)`, dtype and device of `x`
+)->Tensor:              # `(B, 1, ..., 1)`, on the device of `x`, in its dtype or float32 if that is less
     "Shape per-clip values so that they broadcast against `x`."
-    sigma = torch.as_tensor(sigma).to(x)
-    if sigma.ndim > 1 or sigma.numel() not in (1, len(x)):
+    sigma = torch.as_tensor(sigma, dtype=None if torch.is_tensor(sigma) else torch.float64)
+    if sigma.numel() != 1 and not sigma.numel() == len(x) == len(sigma):
         raise ValueError(f"expand: sigma has shape {tuple(sigma.shape)}, but x holds {len(x)} clips: give one value per clip")
-    return sigma.expand(len(x)).reshape(-1, *[1]*(x.ndim - 1))
+    each = sigma.flatten().expand(len(x)).reshape(-1, *[1]*(x.ndim - 1))
+    return each.to(x.device, torch.promote_types(x.dtype, torch.float32))
 
 # %% ../nbs/04_edm.ipynb #c049
 def denoise(
     F_x:Callable,        # Raw network: `(scaled x (B,...), c_noise (B,))` → like `x`
     x:Tensor,            # Noisy clip y + σn, `(B, ...)`
-    sigma:Tensor|float,  # Noise level σ > 0, `(B,)` or one for all
+    sigma:Tensor|float,  # Noise level σ > 0, one per clip (as `expand`) or one for all
     sigma_data:float=1., # Standard deviation of the clean data
 )->Tensor:               # D_x, the estimate of y, like `x`
-    "EDM's preconditioned denoiser D(x; σ)."
-    sigma = expand(check_sigma(sigma), x)
-    F = F_x(c_in(sigma, sigma_data)*x, c_noise(sigma.flatten()))
-    return c_skip(sigma, sigma_data)*x + c_out(sigma, sigma_data)*F
+    "EDM's preconditioned denoiser D(x; σ); put together in float32 at least, whatever `x` and `F_x` are."
+    sigma = check_sigma(expand(sigma, x))
+    F = F_x((c_in(sigma, sigma_data)*x).to(x.dtype), c_noise(sigma.flatten()))
+    return (c_skip(sigma, sigma_data)*x + c_out(sigma, sigma_data)*F).to(x.dtype)
 
 # %% ../nbs/04_edm.ipynb #c053
 def sigma_schedule(
@@ -161,26 +164,27 @@ def check_schedule(
 
 # %% ../nbs/04_edm.ipynb #c060
 def slope(
-    D:Callable,  # Denoiser: `(x (B,...), sigma (B,))` → like `x`
-    x:Tensor,    # Noisy clip, `(B, ...)`
-    sigma:float, # Its noise level, > 0
-)->Tensor:       # dx/dσ, like `x`
+    D:Callable,         # Denoiser: `(x (B,...), sigma (B,))` → like `x`
+    x:Tensor,           # Noisy clip, `(B, ...)`
+    sigma:Tensor|float, # Its noise level, > 0, one for all or one per clip (as `expand`)
+)->Tensor:              # dx/dσ, like `x`
     "Direction of the sampling path at `x`."
-    return (x - D(x, torch.full((len(x),), sigma, dtype=x.dtype, device=x.device))) / sigma
+    sigma = check_sigma(expand(sigma, x))
+    return (x - D(x, sigma.flatten())) / sigma
 
 # %% ../nbs/04_edm.ipynb #c064
 def churn(
     x:Tensor,                      # Noisy clip, `(B, ...)`
     sigma:float,                   # Its noise level
-    gamma:float,                   # Relative step up γ ≥ 0; 0: nothing happens, nothing is drawn
+    gamma:float,                   # Relative step up γ ≥ 0; 0: noise is drawn, and none added
     S_noise:float=1.,              # Scale of the fresh noise, about 1
     generator:Generator|None=None, # Source of randomness
 )->tuple[Tensor, float]:           # x̂ and its noise level σ̂
     "Raise the noise level by fresh noise: the first half of a step in EDM's Algorithm 2."
-    if gamma == 0: return x, sigma
-    sigma_hat = sigma*(1 + gamma)
-    eps = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=generator.device if generator else x.device)
-    return x + math.sqrt(sigma_hat**2 - sigma**2)*S_noise*eps.to(x.device), sigma_hat
+    if not gamma >= 0: raise ValueError(f"churn: gamma is {gamma}; the noise level can only rise")
+    sigma_hat, where = sigma*(1 + gamma), generator.device if generator else x.device
+    eps = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=where).to(x.device)
+    return x + math.sqrt(sigma_hat**2 - sigma**2)*S_noise*eps, sigma_hat
 
 # %% ../nbs/04_edm.ipynb #c068
 @torch.no_grad()
@@ -201,15 +205,17 @@ def sample(
     if not S_churn >= 0: raise ValueError(f"sample: S_churn is {S_churn}; fresh noise can't be negative")
     if not x.is_floating_point(): raise TypeError(f"sample: x is {x.dtype}, but noise is floating point")
     levels = check_schedule(sigmas)
-    steps = list(zip(levels, levels[1:]))
+    steps, own, churned = list(zip(levels, levels[1:])), x.dtype, S_churn > 0 or generator is not None
+    x = x.to(torch.promote_types(own, torch.float32))
+    told = lambda x, sigma: D(x.to(own), sigma)
     for sigma, sigma_next in (progress or iter)(steps):
         gamma = min(S_churn/len(steps), 2**0.5 - 1) if S_min <= sigma <= S_max else 0.
-        x_hat, sigma_hat = churn(x, sigma, gamma, S_noise, generator)
-        d = slope(D, x_hat, sigma_hat)
+        x_hat, sigma_hat = churn(x, sigma, gamma, S_noise, generator) if churned else (x, sigma)
+        d = slope(told, x_hat, sigma_hat)
         x = x_hat + (sigma_next - sigma_hat)*d
         if order == 2 and sigma_next > 0:
-            x = x_hat + (sigma_next - sigma_hat)*(d + slope(D, x, sigma_next))/2
-    return x
+            x = x_hat + (sigma_next - sigma_hat)*(d + slope(told, x, sigma_next))/2
+    return x.to(own)
 
 # %% ../nbs/04_edm.ipynb #c085
 def guide(
