@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FREE', 'TrainParams', 'check_params', 'stream', 'places', 'draw_sigma', 'draw_noise', 'draw_drop', 'learning_rate',
-           'ema_decay', 'update_ema', 'step_losses', 'gradient_norms', 'scalars', 'merge_scalars']
+           'ema_decay', 'widen', 'update_ema', 'step_losses', 'gradient_norms', 'scalars', 'merge_scalars']
 
 # %% ../nbs/13c_step.ipynb #c003
 import math
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 import torch
 from torch import Generator, Tensor, nn
-from .edm import expand, sample_sigma
+from .edm import expand, sample_sigma, wide
 
 # %% ../nbs/13c_step.ipynb #c006
 @dataclass(frozen=True)
@@ -142,16 +142,25 @@ def ema_decay(
     "Decay of the running average, small at first."
     return min(decay, (1 + step) / (10 + step))
 
+# %% ../nbs/13c_step.ipynb #7c1d0a32
+def widen(
+    module:nn.Module, # Changed in place
+)->nn.Module:         # The same
+    "Hold weights and buffers in float32 where they had half precision."
+    for t in (*module.parameters(), *module.buffers()):
+        if t.is_floating_point() and t.dtype.itemsize < 4: t.data = wide(t.data)
+    return module
+
 # %% ../nbs/13c_step.ipynb #c033
 @torch.no_grad()
 def update_ema(
-    ema:nn.Module,   # The average; changed in place
+    ema:nn.Module,   # The average; changed in place, in float32 from now on if it was in half precision
     model:nn.Module, # The weights as they are now
     decay:float,     # How much of the average stays
 ):
     "Move the average towards the weights; buffers are copied."
-    for a, b in zip(ema.parameters(), model.parameters()): a.lerp_(b.to(a), 1 - decay)
-    for a, b in zip(ema.buffers(), model.buffers()): a.copy_(b)
+    for a, b in zip(widen(ema).parameters(), model.parameters(), strict=True): a.lerp_(b.to(a), 1 - decay)
+    for a, b in zip(ema.buffers(), model.buffers(), strict=True): a.copy_(b)
 
 # %% ../nbs/13c_step.ipynb #c038
 def step_losses(
@@ -168,7 +177,7 @@ def step_losses(
     shown, aug = video[:, 0], getattr(core, 'noise_aug', 0.)
     if aug: shown = shown + aug*draw_noise(p, step, where, shown.shape[1:], 'first').to(shown)
     with torch.no_grad(): z, first = batch['latent'] if 'latent' in batch else codec.encode(video), codec.encode_first(shown)
-    sigma, noise = draw_sigma(p, step, where).to(z), draw_noise(p, step, where, z.shape[1:]).to(z)
+    sigma, noise = (d.to(wide(z)) for d in (draw_sigma(p, step, where), draw_noise(p, step, where, z.shape[1:])))
     cond = core.condition(batch['prompt'], video[:, 0], first, draw_drop(p, step, where).to(z.device))
     z_hat = denoiser(z + expand(sigma, z)*noise, sigma, cond)
     return objective(z_hat, z, batch, sigma, stream(p.seed, step, 'objective', where[0])), sigma

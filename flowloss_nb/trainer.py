@@ -28,7 +28,7 @@ from .records import append_log, cut_log, keep_params, list_checkpoints, lock_ru
 from .records import latest_checkpoint, load_checkpoint, save_checkpoint
 from .scale import Stopped, end_asked, make_adam, restore_scaler, scaler_state, set_state, shard, sliced, whole
 from .step import FREE, TrainParams, check_params, draw_sigma, ema_decay, gradient_norms
-from .step import learning_rate, merge_scalars, places, scalars, step_losses, stream, update_ema
+from .step import learning_rate, merge_scalars, places, scalars, step_losses, stream, update_ema, widen
 
 # %% ../nbs/14_trainer.ipynb #a85ad563
 sys.modules.setdefault('tensorboard.compat.notf', ModuleType('notf'))
@@ -116,7 +116,7 @@ def begin(
 )->TrainState:               # At step 0, or where the newest checkpoint left off
     "Start afresh, or go on from the newest checkpoint."
     if init is not None: load_weights(denoiser, init)
-    ema = copy.deepcopy(denoiser).eval().requires_grad_(False).to(accelerator.device) if p.ema else None
+    ema = widen(copy.deepcopy(denoiser)).eval().requires_grad_(False).to(accelerator.device) if p.ema else None
     if p.fsdp: denoiser, ema = (m and shard(m.to(accelerator.device), p.mixed_precision == 'bf16') for m in (denoiser, ema))
     adam = make_adam([q for q in denoiser.parameters() if q.requires_grad], p)
     denoiser, adam = (denoiser.train(), accelerator.prepare(adam)) if p.fsdp else accelerator.prepare(denoiser.train(), adam)
