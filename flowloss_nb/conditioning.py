@@ -72,7 +72,8 @@ class ImageToken(nn.Module):
         self.conv1, self.conv2 = nn.Conv2d(channels, width, 3, 2, 1), nn.Conv2d(width, width, 3, 2, 1)
 
     def forward(self, first, first_latent):
-        return self.conv2(nn.functional.silu(self.conv1(first_latent))).flatten(2).mean(-1)[:, None]
+        seen = first_latent.to(self.conv1.weight)       # a model in half precision
+        return self.conv2(nn.functional.silu(self.conv1(seen))).flatten(2).mean(-1)[:, None]
 
 # %% ../nbs/12_conditioning.ipynb #c017
 class FiLM(nn.Module):
@@ -86,7 +87,7 @@ class FiLM(nn.Module):
         nn.init.zeros_(self.linear.weight); nn.init.zeros_(self.linear.bias)
 
     def forward(self, h, condition):
-        gamma, beta = self.linear(condition)[..., None, None].chunk(2, 1)
+        gamma, beta = self.linear(condition.to(self.linear.weight)).to(h)[..., None, None].chunk(2, 1)
         return (1 + gamma)*h + beta
 
 # %% ../nbs/12_conditioning.ipynb #c020

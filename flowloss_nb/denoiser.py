@@ -13,7 +13,7 @@ from diffusers import UNetSpatioTemporalConditionModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from .conditioning import FiLM, ImageToken, drop_conditions
-from .edm import denoise, guide, hold_first, sample, sigma_schedule
+from .edm import denoise, guide, hold_first, sample, sigma_schedule, wide
 
 # %% ../nbs/13_denoiser.ipynb #c006
 def small_unet(
@@ -45,9 +45,11 @@ class Denoiser(nn.Module):
         film:int|None=None,                     # Width of the pooled prompt for FiLM; None: no FiLM
         joint:bool=False,                       # Normalise all tokens of a clip together, as This&That does
         ids:tuple=(0., 0., 0.),                 # Told beside σ; SVD: frames a second, motion bucket, noise on frame 0
+        sigma_range:tuple=(.02, 80.),           # Smallest and largest σ of sampling, what it was trained for; SVD: .002, 700
     ):
         super().__init__()
         self.unet, self.text, self.image, self.gain, self.joint, self.ids, self.pooled = unet, text, image, gain, joint, tuple(ids), None
+        self.sigma_range = tuple(sigma_range)
         blocks = [b for level in (*unet.down_blocks, unet.mid_block, *unet.up_blocks) for b in level.resnets]
         self.film = nn.ModuleList(FiLM(film, b.spatial_res_block.out_channels) for b in blocks if film)
         for film_, block in zip(self.film, blocks): block.register_forward_hook(partial(self.modulate, film_))
@@ -84,7 +86,8 @@ class Denoiser(nn.Module):
         self.pooled, T = cond['pooled'], u.shape[1]
         seen = torch.cat([u, cond['first'][:, None].expand(-1, T, -1, -1, -1)], 2)
         own = self.unet.dtype       # pure half precision computes in it; D is put together in x's
-        out = self.unet(seen.to(own), c, cond['tokens'].to(own), u.new_tensor(self.ids).expand(len(u), 3)).sample.to(u)
+        ids = torch.tensor(self.ids, device=u.device).expand(len(u), 3)     # in float32, as c is
+        out = self.unet(seen.to(own), c, cond['tokens'].to(own), ids).sample.to(u)
         self.pooled = None
         if not self.gain: return -out
         offset, gain = out.chunk(2, 2)
@@ -126,11 +129,11 @@ def sample_latents(
         null = drop_conditions(cond, torch.full((len(noise),), 2))
         D = guide(D, lambda x, sigma: denoiser(x, sigma, null), guidance)
     if held is not None: D = hold_first(D, held)
-    return sample(D, noise*sigmas[0], sigmas.to(noise), order, progress=progress)
+    return sample(D, noise*sigmas[0], sigmas.to(wide(noise)), order, progress=progress)
 
 @torch.no_grad()
 def generate(
-    denoiser:Denoiser,              # D
+    denoiser:Denoiser,              # D; from which σ to which is its `sigma_range`
     codec:nn.Module,                # Its codec
     prompt:list[str],               # B prompts
     first:Tensor,                   # First frames `(B,3,H,W)` in [-1,1]
@@ -144,4 +147,5 @@ def generate(
     "Sample clips that start with `first` and do what `prompt` says."
     cond = denoiser.condition(prompt, first, codec.encode_first(first if first_noise is None else first + first_noise))
     held = codec.encode(first[:, None].expand(-1, 2, -1, -1, -1))[:, 0]
-    return codec.decode(sample_latents(denoiser, cond, noise, sigma_schedule(steps), order, guidance, held, progress), first)
+    sigmas = sigma_schedule(steps, *getattr(denoiser, 'sigma_range', ()))
+    return codec.decode(sample_latents(denoiser, cond, noise, sigmas, order, guidance, held, progress), first)
