@@ -179,7 +179,7 @@ def step_losses(
     with torch.no_grad(): z, first = batch['latent'] if 'latent' in batch else codec.encode(video), codec.encode_first(shown)
     sigma, noise = (d.to(wide(z)) for d in (draw_sigma(p, step, where), draw_noise(p, step, where, z.shape[1:])))
     cond = core.condition(batch['prompt'], video[:, 0], first, draw_drop(p, step, where).to(z.device))
-    z_hat = denoiser(z + expand(sigma, z)*noise, sigma, cond)
+    z_hat = denoiser((z + expand(sigma, z)*noise).to(z), sigma, cond)
     return objective(z_hat, z, batch, sigma, stream(p.seed, step, 'objective', where[0])), sigma
 
 # %% ../nbs/13c_step.ipynb #c044

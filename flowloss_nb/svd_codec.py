@@ -118,5 +118,5 @@ def set_scale(
 )->AutoencoderKLTemporalDecoder:        # The same, frozen
     "Give latents unit standard deviation, as σ assumes."
     vae.register_to_config(scaling_factor=1.)
-    vae.register_to_config(scaling_factor=1/float(SVDCodec(vae).encode(video).std()))
+    vae.register_to_config(scaling_factor=1/float(SVDCodec(vae).encode(video).float().std()))
     return vae
