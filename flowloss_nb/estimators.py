@@ -184,8 +184,9 @@ def refuse_some(
     "One clear error before some frames of a clip are handed to an estimator that needs them all."
     anchored = 'tracks' in known and hasattr(getattr(estimator, 'func', estimator), 'tracks')
     if K in (None, T - 1) or anchored or not sees_whole(estimator): return
-    raise ValueError(f'{getattr(estimator, "__name__", type(estimator).__name__)} looks at a whole clip, and {K} of its {T - 1} target frames '
-                     'would be another clip to it: take all of them (K=None), or, with DOT, keep the tracks of the true clip (anchored=True)')
+    name = getattr(estimator, '__name__', type(estimator).__name__)
+    raise ValueError(f'{name} looks at a whole clip, and {K} of its {T - 1} target frames would be another clip to it: take all of '
+                     'them (K=None), or, with DOT, the tracks of the true clip (anchored=True; augmented clips have lost theirs)')
 
 # %% ../nbs/09_estimators.ipynb #c037
 def batches(

@@ -198,7 +198,10 @@ def scalars(
 def merge_scalars(
     parts:list[dict], # One dict of numbers per piece
 )->dict:              # One dict of numbers
-    "Average floats over the pieces, add whole numbers."
-    names = dict.fromkeys(k for part in parts for k in part)
-    total = {k: sum(part.get(k, 0) for part in parts) for k in names}
-    return {k: v if isinstance(v, int) else v / len(parts) for k, v in total.items()}
+    "Average floats over the pieces that have them, `flow_error` over open clips; add whole numbers."
+    def merged(k):
+        known = [p for p in parts if k in p]
+        if isinstance(known[0][k], int): return sum(p[k] for p in known)
+        weights = [p.get('open', 1.) if k == 'flow_error' else 1. for p in known]
+        return sum(w*p[k] for w, p in zip(weights, known)) / sum(weights)
+    return {k: merged(k) for k in dict.fromkeys(k for part in parts for k in part)}
