@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from .clips import check_video
 from .cotracker import CoTracker2, track, track_features
-from .flow import grid, resize_flow, sample_at, target_frames
+from .flow import grid, in_float32, keep_float32, resize_flow, sample_at, target_frames
 from .official import DOT_BOUNDARIES, DOT_REFINER, DOT_TRACKER, find_official, load_official
 from .raft import RAFT, dot_estimator, dot_refiner, pair_flow, refine
 
@@ -255,10 +255,14 @@ class DOT(nn.Module):
         self.n, self.together, self.seed, self.detach, self.threshold, self.lean = n, together, seed, detach, threshold, lean
         self.eval().requires_grad_(False)
 
+    _apply = keep_float32
+
+    @in_float32
     def tracks(self, video):
         if self.tracker is None: raise ValueError('this DOT has no tracker: hand tracks in, or load it with its tracker')
         return clip_tracks(self.tracker, self.boundaries, video, self.n, self.together, self.seed)
 
+    @in_float32
     def forward(self, video, targets=None, tracks=None):
         check_video(video)
         targets = target_frames(video, targets)

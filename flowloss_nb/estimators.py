@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'TORCHVISION', 'RaftEstimator', 'save_raft', 'load_raft', 'small_estimator', 'flow_sums', 'flow_table',
-           'zero_flow', 'dis_steps', 'dis_chained', 'exact_flow', 'batches', 'draw_estimators', 'digest', 'net_hash',
-           'fingerprint', 'keep', 'true_flow', 'estimated_truth', 'TorchvisionRaft', 'load_torchvision']
+           'zero_flow', 'dis_steps', 'dis_chained', 'exact_flow', 'sees_whole', 'refuse_some', 'batches',
+           'draw_estimators', 'digest', 'net_hash', 'fingerprint', 'keep', 'true_flow', 'estimated_truth',
+           'TorchvisionRaft', 'load_torchvision']
 
 # %% ../nbs/09_estimators.ipynb #c003
 import hashlib, json, warnings
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from .clips import ClipSet, atomic_path, check_video, take, to_uint8
-from .flow import chain_flow, consistency_visible, epe, flow_to_rgb, moving, target_frames, warp
+from .flow import (chain_flow, consistency_visible, epe, flow_to_rgb, in_float32, keep_float32, moving,
+    target_frames, warp)
 from .dot import fit_back, fit_frames, whole_size
 from .official import Official, load_official
 from .raft import RAFT, check_frames, refine, source_context, target_features
@@ -32,6 +34,9 @@ class RaftEstimator(nn.Module):
         if not net.visibility: raise ValueError('this RAFT predicts no visibility: configure it with visibility=True')
         self.net, self.detach = net.eval().requires_grad_(False), detach
 
+    _apply = keep_float32
+
+    @in_float32
     def forward(self, video, targets=None):
         check_video(video)
         check_frames(self.net, video[:, 0])
@@ -107,6 +112,7 @@ def flow_table(
     return {k: float(v[0]/v[1].clamp(min=1)) for k, v in total.items()}
 
 # %% ../nbs/09_estimators.ipynb #c031
+@in_float32
 def zero_flow(
     video:Tensor,                   # `(B,T,3,H,W)`
     targets:Tensor|None=None,       # As everywhere
@@ -129,6 +135,7 @@ def dis_steps(
     return torch.stack([torch.from_numpy(f).movedim(-1, 0) for f in small])
 
 # %% ../nbs/09_estimators.ipynb #c033
+@in_float32
 def dis_chained(
     video:Tensor,                   # `(B,T,3,H,W)` in [-1,1]; clamped
     targets:Tensor|None=None,       # As everywhere
@@ -144,6 +151,7 @@ def dis_chained(
         flows.append(there); seen.append(consistency_visible(there, torch.cat(home)))
     each = torch.arange(len(video))[:, None]
     return torch.stack(flows)[each, targets.cpu() - 1].to(video), torch.stack(seen)[each, targets.cpu() - 1].to(video)
+dis_chained.whole = True
 
 # %% ../nbs/09_estimators.ipynb #c046
 def exact_flow(
@@ -151,9 +159,34 @@ def exact_flow(
 )->Callable:            # An estimator that ignores its video
     "The estimator that knows the answer for this batch."
     def estimator(video, targets=None):
-        t, each = target_frames(video, targets) - 1, torch.arange(len(video))[:, None]
-        return batch['flow'][each, t], batch['visible'][each, t].float()
+        if video.shape[:2] != (len(known), 1 + known.shape[1]):
+            raise ValueError(f'exact flow is known for {len(known)} whole clips of {1 + known.shape[1]} frames, '
+                             f'and this video is {tuple(video.shape)}')
+        t, each = target_frames(video, targets) - 1, torch.arange(len(video), device=video.device)[:, None]
+        return known[each, t], batch['visible'][each, t].float()
+    known, estimator.whole = batch['flow'], True
     return estimator
+
+# %% ../nbs/09_estimators.ipynb #df1b416b
+def sees_whole(
+    estimator:Callable, # F, or a partial of one
+)->bool:
+    "Does what it says of one frame depend on the other frames that it is given?"
+    estimator = getattr(estimator, 'func', estimator)
+    return hasattr(estimator, 'tracks') or getattr(estimator, 'whole', False)
+
+def refuse_some(
+    estimator:Callable, # F
+    K:int|None,         # Target frames that it will be given; None: all
+    T:int,              # Frames of a clip
+    known:dict,         # What is known of a clip; its 'tracks', where F starts from them
+)->None:
+    "One clear error before some frames of a clip are handed to an estimator that needs them all."
+    anchored = 'tracks' in known and hasattr(getattr(estimator, 'func', estimator), 'tracks')
+    if K in (None, T - 1) or anchored or not sees_whole(estimator): return
+    name = getattr(estimator, '__name__', type(estimator).__name__)
+    raise ValueError(f'{name} looks at a whole clip, and {K} of its {T - 1} target frames would be another clip to it: take all of '
+                     'them (K=None), or, with DOT, the tracks of the true clip (anchored=True; augmented clips have lost theirs)')
 
 # %% ../nbs/09_estimators.ipynb #c037
 def batches(
@@ -265,6 +298,9 @@ class TorchvisionRaft(nn.Module):
         super().__init__()
         self.net, self.updates, self.patch = net.eval().requires_grad_(False), updates, 8
 
+    _apply = keep_float32
+
+    @in_float32
     def forward(self, video, targets=None):
         check_video(video)
         targets, each = target_frames(video, targets), torch.arange(len(video), device=video.device)[:, None]

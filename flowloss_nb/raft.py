@@ -200,6 +200,11 @@ class FeatureAttention(nn.Module):
         self.place = nn.Parameter(.02*torch.randn(1, width, 8, 12))
         self.layers = nn.ModuleList(layer() for _ in range(layers))
 
+    def train(self, mode=True):
+        super().train(mode)
+        for layer in self.layers: layer.self_attn.train()   # nothing is dropped; in evaluation PyTorch rounds differently without a gradient
+        return self
+
     def forward(self, f1, f2):
         with torch.autocast(f1.device.type, enabled=False):     # short sequences: bfloat16 would be slower
             f = torch.cat([f1, f2]).to(self.place.dtype)

@@ -21,7 +21,7 @@ from .codecs import fit_linear
 from .conditioning import WordEncoder, build_vocabulary
 from .denoiser import Denoiser, small_denoiser
 from .dot import load_dot
-from .estimators import WEIGHTS, estimated_truth, load_torchvision, small_estimator
+from .estimators import WEIGHTS, estimated_truth, load_torchvision, refuse_some, sees_whole, small_estimator
 from .losses import (averaged, flow_objective, hard_gate, large_gate, motion_weighted_objective, paper_scale,
     recon_objective, soft_gate, warp_objective)
 from .metaworld import load_clips
@@ -142,6 +142,8 @@ def choose_objective(
     if name == 'motion': return motion_weighted_objective
     if name == 'warp': return partial(warp_objective, codec=stage.codec, gate=gate, s=s, floor=floor)
     gates = dict(flow=gate, ungated=soft_gate, average_ss=soft_gate, average_ls=large_gate)
+    T = len(stage.test[0]['video'])
+    if sees_whole(stage.estimator): refuse_some(stage.estimator, K, T, stage.train[0])
     mix = dict(keep=averaged) if name.startswith('average') else {}
     return partial(flow_objective, codec=stage.codec, estimator=stage.estimator, gate=gates[name], K=K, floor=floor,
                    s=s*paper_scale(stage.test[0]['video'].shape[-2:]), **mix)
