@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .clips import check_video, resize_video, to_uint8
 from .i3d import I3D_FVD, I3D_SCRIPT, i3d_looks, load_i3d, load_script, script_looks
 from .metrics import as_shown
+from .scale import run_device
 from .official import Official, check_hash, find_official, fit_state, read_tensors
 
 # %% ../nbs/15a_distances.ipynb #5145325b
@@ -232,7 +233,7 @@ def fid_measure(
     "Fréchet distance of frames, by Inception."
     path = find_official(folder, INCEPTION)
     check_hash(path, INCEPTION)
-    net = fit_state(empty_inception(), read_tensors(path), str(path))
+    net = fit_state(empty_inception(), read_tensors(path), str(path)).to(run_device())
     about = dict(network='inception-v3-compat of torch-fidelity', weights=file_hash(path), looked_at=[299, 299], features='2048 per frame, frames 1..T-1, on bytes')
     return {'FID': Measure(partial(inception_looks, net=net), partial(frechet_value, minimum=minimum), about)}
 
@@ -246,6 +247,7 @@ def fvd_measure(
     "Fréchet distance of clips, by I3D."
     script = weights.file == I3D_SCRIPT.file
     net, looks = (load_script(folder, trust), script_looks) if script else (load_i3d(folder, weights), i3d_looks)
+    net.to(run_device())
     about = dict(network=f'I3D, {weights.file}', weights=file_hash(Path(folder)/weights.file), looked_at=[224, 224], features='400 logits, frames 0..T-1')
     return {'FVD': Measure(partial(looks, net=net), partial(frechet_value, minimum=minimum), about)}
 
@@ -254,7 +256,7 @@ def lpips_measure(
     folder:str|Path,       # Where the user keeps weights
 )->dict[str, Measure]:     # LPIPS, averaged over clips
     "LPIPS beside the distances: clip i against clip i, so the looks are the clips themselves."
-    net = load_lpips(folder)
+    net = load_lpips(folder).to(run_device())
     def compare(a, b): v = lpips(a, b, net).double(); return dict(value=v.mean().item(), se=v.std().item()/len(v)**.5 if len(v) > 1 else None)
     about = dict(network='AlexNet, LPIPS 0.1', weights=file_hash(Path(folder)/ALEXNET.file), paired=True, features='5 layers, frames 1..T-1')
     return {'LPIPS': Measure(lambda video: video, compare, about)}

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['PANELS', 'ROWS', 'AXIS', 'COLOURS', 'LEVELS', 'START', 'noised', 'lenses', 'Look', 'all_errors', 'remember',
            'weight_rule', 'weights_at', 'weigh', 'numbers_column', 'weight_plot', 'picture', 'wheel', 'new_view',
-           'check_frame', 'pixels', 'numbers', 'show', 'paint', 'controls', 'explorer']
+           'check_frame', 'pixels', 'numbers', 'show', 'paint', 'set_control', 'controls', 'explorer']
 
 # %% ../nbs/16c_explorer.ipynb #017e25e7
 import io
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 import numpy as np
@@ -265,6 +266,21 @@ def paint(
     Image.fromarray(np.asarray(fig.canvas.buffer_rgba())).convert('RGB').save(out := io.BytesIO(), 'PNG', compress_level=1)
     return out.getvalue()
 
+# %% ../nbs/16c_explorer.ipynb #84a82a0d
+def set_control(
+    made:dict,      # Controls by name
+    name:str,       # Of one of them, e.g. 't'
+    value:object,   # What it shall show
+):
+    "Set a control, or say what it can show."
+    from traitlets import TraitError
+    if name not in made: raise ValueError(f'the explorer has no control {name!r}; it has {", ".join(made)}')
+    control, shown = made[name], [str(v) for _, v in getattr(made[name], 'options', ())]
+    with suppress(TraitError): control.value = value
+    if control.value == value: return
+    known = ', '.join(shown) if shown else f'{control.min:g} to {control.max:g}'
+    raise ValueError(f'the explorer cannot show {name} = {value!r}: choose from {known}')
+
 # %% ../nbs/16c_explorer.ipynb #90203fe3
 LEVELS = (.02, .05, .1, .2, .3, .5, .7, 1., 1.4, 2., 3., 5., 10., 20.)
 START = dict(clip=0, strategy='flow', estimator='in the loss', t=7, sigma=.5, psi=1.)
@@ -277,14 +293,15 @@ def controls(
     from ipywidgets import Dropdown, FloatSlider, IntSlider, Layout, SelectionSlider
     look = dict(layout=Layout(width='320px'), style=dict(description_width='70px'))
     numbered = [(f'{i}: {prompt}', i) for i, prompt in enumerate(clips.prompts)]
-    levels = [(f'{level:g}', level) for level in sorted({*LEVELS, start['sigma']})]
+    levels = [(f'{level:g}', level) for level in sorted({*LEVELS, *(x for x in [start['sigma']] if 0 < x < float('inf'))})]
+    gates = [x for x in (.1, 4., start['psi']) if 0 < x < float('inf')]
     made = dict(clip=Dropdown(options=numbered, description='clip', **look),
-                strategy=Dropdown(options=list(OBJECTIVES), description='strategy', **look),
-                estimator=Dropdown(options=list(estimators), description='F', **look),
+                strategy=Dropdown(options=[(k, k) for k in OBJECTIVES], description='strategy', **look),
+                estimator=Dropdown(options=[(k, k) for k in estimators], description='F', **look),
                 t=IntSlider(min=1, max=len(clips[0]['video']) - 1, description='frame t', **look),
                 sigma=SelectionSlider(options=levels, description='noise σ', continuous_update=False, **look),
-                psi=FloatSlider(min=.1, max=4., step=.1, description='gate ψ', **look))
-    for name, value in start.items(): made[name].value = value
+                psi=FloatSlider(min=min(gates), max=max(gates), step=.1, description='gate ψ', **look))
+    for name, value in start.items(): set_control(made, name, value)
     return made
 
 # %% ../nbs/16c_explorer.ipynb #a66d7eaf

@@ -27,6 +27,7 @@ from .metrics import bootstrap_interval, paired_interval
 from .recipes import results
 from .records import read_json, read_log, write_json
 from .runs import in_words
+from .scale import run_device
 from .step import TrainParams, draw_sigma, step_losses
 from .trainer import step_cost
 from .validation import kept_clips
@@ -43,7 +44,7 @@ def all_measures(
     "The measures of sets, as far as there are networks for them."
     if odd := [n for n in names if n not in OFFICIAL]: raise ValueError(f'no measure {odd}: choose from {list(OFFICIAL)}')
     make = dict(FID=lambda: fid_measure(weights, minimum), FVD=lambda: fvd_measure(weights, I3D_SCRIPT if trust else I3D_FVD, minimum, trust), LPIPS=lambda: lpips_measure(weights))
-    found = lite0_measures(lite0())
+    found = lite0_measures(lite0().to(run_device()))
     for name in names if weights else (): found |= make[name]()
     return found
 

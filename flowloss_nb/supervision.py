@@ -42,7 +42,7 @@ def look_through(
     back:bool=False,                # From old positions to new ones instead
 )->Tensor:                          # Positions in the old picture
     "p = c + d + S(q − c), or its inverse."
-    (S, d), c = window, torch.tensor([(size[1] - 1)/2, (size[0] - 1)/2]).view(2, 1, 1)
+    (S, d), c = window, torch.tensor([(size[1] - 1)/2, (size[0] - 1)/2]).view(2, 1, 1).to(q)
     return c + (q - c - d)/S if back else c + d + S*(q - c)
 
 # %% ../nbs/06b_supervision.ipynb #c011
@@ -79,7 +79,9 @@ def move_windows(
 )->Pairs:
     "Source and target through their windows; flow and visibility follow."
     (B, K), size = pairs.target.shape[:2], pairs.source.shape[-2:]
-    here, bounds = grid(*size), torch.tensor([size[1], size[0]]).view(2, 1, 1) - .5
+    here = grid(*size).to(pairs.source.device)
+    bounds = torch.tensor([size[1], size[0]]).view(2, 1, 1).to(here) - .5
+    source, target = ([x.to(here) for x in window] for window in (source, target))
     p = look_through(source, here, size).repeat_interleave(K, 0)
     near = lambda x: sample_at(x.flatten(0, 1).float(), p.round())
     to = look_through(target, p + near(pairs.flow), size, back=True)
@@ -95,7 +97,7 @@ def recolour(
     amount:Tensor,      # Changes `(4,N)` in [-1, 1]: contrast, brightness, saturation, gamma
 )->Tensor:              # `(N,3,H,W)`
     "Change contrast (±40 %), brightness (±0.2), saturation (±50 %) and gamma (factor 1.5)."
-    contrast, bright, saturation, gamma = amount.view(4, -1, 1, 1, 1)
+    contrast, bright, saturation, gamma = amount.to(x).view(4, -1, 1, 1, 1)
     u = ((x + 1)/2).clamp(0, 1)**(.4*gamma).exp()
     u = u.mean(1, keepdim=True).lerp(u, 1 + .5*saturation)
     mean = u.mean((1, 2, 3), keepdim=True)
@@ -124,7 +126,8 @@ def add_noise(
 )->Tensor:                  # `(N,3,H,W)`
     "Gaussian noise on some pictures, small σ more often than large."
     u = torch.rand(2, len(x), 1, 1, 1, generator=generator)
-    return x + torch.where(u[0] < share, top*u[1]**2, 0.) * torch.randn(x.shape, generator=generator)
+    noise = torch.where(u[0] < share, top*u[1]**2, 0.) * torch.randn(x.shape, generator=generator)
+    return x + noise.to(x)
 
 # %% ../nbs/06b_supervision.ipynb #c025
 def augment(
