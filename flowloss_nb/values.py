@@ -268,5 +268,5 @@ def fit(
     kind = read_kind(kind)
     try: return kind.read(bare(value), here)
     except (ValueError, RecursionError) as e:
-        shown = value if isinstance(value, str) and value.strip() else f'{value!r}'
+        shown = value if isinstance(value, str) and value.strip() and value.isprintable() else f'{value!r}'
         raise ValueError(f"{name} must be {kind.one} (default {default}), got {shown[:200]}{f': {e}' if str(e) else ''}") from None
