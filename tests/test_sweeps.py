@@ -34,7 +34,7 @@ def kill_once(folder, steps):
     while time.time() < end:
         last = records.latest_checkpoint(folder)
         if last and int(last.name[5:]) < steps - 20:
-            os.kill(int((folder/'notebook.lock').read_text()), signal.SIGKILL)
+            os.kill(int((folder/'notebook.lock').read_text().split()[0]), signal.SIGKILL)
             (folder.parent/'killed').write_text(json.dumps([l['seconds'] for l in records.read_log(folder, 'train')][:int(last.name[5:])])); return
         time.sleep(.05)
 
