@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from .clips import check_video, resize_video, to_uint8
 from .i3d import I3D_FVD, I3D_SCRIPT, i3d_looks, load_i3d, load_script, script_looks
-from .metrics import as_shown, copy_first
+from .metrics import as_shown, check_units, copy_first, on_screen, wide
 from .official import Official, check_hash, find_official, fit_state, read_tensors
 
 # %% ../nbs/15a_distances.ipynb #5145325b
@@ -122,7 +122,7 @@ def look(
 )->Tensor:                             # `(N,1280)`
     "Features of pictures."
     device = next(net.parameters()).device
-    return torch.cat([net.forward_features(resize_video(p.to(device), size)).mean((2, 3)) for p in pictures.split(batch)])
+    return torch.cat([net.forward_features(resize_video(p.to(device).float(), size)).mean((2, 3)) for p in pictures.split(batch)])
 
 # %% ../nbs/15a_distances.ipynb #d1e39c71
 def frame_looks(
@@ -140,7 +140,7 @@ def time_as_colour(
 )->Tensor:         # `(B,looks,3,H,W)`: frames t-1, t, t+1 in grey as red, green, blue
     "Pictures in which what moves has colour."
     if video.shape[1] < 3: raise ValueError(f"time as colour takes clips of at least 3 frames, got {video.shape[1]}")
-    grey, t = video.mean(2), torch.linspace(1, video.shape[1] - 2, looks).round().long()
+    grey, t = wide(video).mean(2), torch.linspace(1, video.shape[1] - 2, looks).round().long()
     return torch.stack([grey[:, t - 1], grey[:, t], grey[:, t + 1]], 2)
 
 def clip_looks(
@@ -274,9 +274,10 @@ def set_features(
         check_video(video)
         sets.append((len(video), video.shape[1], list(video.shape[-2:]), video.min().item(), video.max().item()))
         if sets[-1][1:3] != sets[0][1:3]: raise ValueError(f"clips of {sets[0][1:3]} and {sets[-1][1:3]} (frames, size) in one set: resample or resize them")
-        for name, m in measures.items(): seen[name].append(m.looks(video.float().clamp(-1, 1)).cpu())
+        for name, m in measures.items(): seen[name].append(m.looks(on_screen(video).float()).cpu())
     if not sets: raise ValueError("a set without clips has no features")
     n, frames, size, low, high = zip(*sets)
+    check_units((min(low), max(high)))
     return {name: torch.cat(x) for name, x in seen.items()} | dict(set=dict(clips=sum(n), frames=frames[0], size=size[0], low=min(low), high=max(high)))
 
 # %% ../nbs/15a_distances.ipynb #83b56d06
@@ -288,8 +289,7 @@ def check_sets(
     a, b = generated['set'], true['set']
     for what in ('frames', 'size'):
         if a[what] != b[what]: raise ValueError(f"generated and true clips differ in {what}: {a[what]} and {b[what]}")
-    if max(a['low'], b['low']) > -0.02 and min(a['low'], b['low']) < -0.2:
-        raise ValueError(f"generated pixels lie in [{a['low']:.2g}, {a['high']:.2g}], true ones in [{b['low']:.2g}, {b['high']:.2g}]: bring both to [-1, 1]")
+    check_units((b['low'], b['high']), (a['low'], a['high']))
 
 # %% ../nbs/15a_distances.ipynb #f600e660
 def set_measures(

@@ -38,7 +38,7 @@ def check_units(
     "Refuse pixels in [0, 1] or of bytes where [-1, 1] is meant."
     low, high = true
     if -.2 < low < .15 and high > .65:
-        raise ValueError(f"true pixels lie in [{low:.3g}, {high:.3g}], as if in [0, 1]: bring both sides to [-1, 1] by 2*video - 1 "
+        raise ValueError(f"pixels lie in [{low:.3g}, {high:.3g}], as if in [0, 1]: bring all clips to [-1, 1] by 2*video - 1 "
                          "(clips truly without a dark pixel: judge them together with clips that have some)")
     if shown and (least := shown[0]) > -.2 and (shown[1] > 2 or (shown[1] - least > .5 and low < -.5)):
         raise ValueError(f"generated pixels lie in [{least:.3g}, {shown[1]:.3g}], true ones in [{low:.3g}, {high:.3g}]: "
