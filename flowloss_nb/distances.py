@@ -122,7 +122,8 @@ def look(
 )->Tensor:                             # `(N,1280)`
     "Features of pictures."
     device = next(net.parameters()).device
-    return torch.cat([net.forward_features(resize_video(p.to(device).float(), size)).mean((2, 3)) for p in pictures.split(batch)])
+    parts = (resize_video(p.to(device).float(), size) for p in pictures.split(batch))
+    return torch.cat([net.forward_features(p).mean((2, 3)) for p in parts])
 
 # %% ../nbs/15a_distances.ipynb #d1e39c71
 def frame_looks(
@@ -196,8 +197,9 @@ def lpips(
     batch:int=64,   # Frames at a time
 )->Tensor:          # `(B,)`, at least 0
     "Perceptual distance over frames 1..T-1."
-    device, pairs = next(net.parameters()).device, [v.flatten(0, 1).split(batch) for v in as_shown(y_hat, y)]
-    return torch.cat([net(a.to(device), b.to(device)).flatten() for a, b in zip(*pairs)]).view(len(y), -1).mean(1)
+    like = next(net.parameters())
+    pairs = zip(*(v.flatten(0, 1).split(batch) for v in as_shown(y_hat, y)))
+    return torch.cat([net(a.to(like), b.to(like)).flatten() for a, b in pairs]).view(len(y), -1).mean(1)
 
 # %% ../nbs/15a_distances.ipynb #dc92c401
 class Measure(NamedTuple):

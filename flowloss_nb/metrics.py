@@ -36,13 +36,15 @@ def check_units(
     shown:tuple[float, float]|None=None, # And of all generated ones
 ):
     "Refuse pixels in [0, 1] or of bytes where [-1, 1] is meant."
+    fix = 'bring all clips to [-1, 1] (from [0, 1]: 2*video - 1; from bytes: clips.to_float)'
     low, high = true
     if -.2 < low < .15 and high > .65:
-        raise ValueError(f"pixels lie in [{low:.3g}, {high:.3g}], as if in [0, 1]: bring all clips to [-1, 1] by 2*video - 1 "
-                         "(clips truly without a dark pixel: judge them together with clips that have some)")
-    if shown and (least := shown[0]) > -.2 and (shown[1] > 2 or (shown[1] - least > .5 and low < -.5)):
-        raise ValueError(f"generated pixels lie in [{least:.3g}, {shown[1]:.3g}], true ones in [{low:.3g}, {high:.3g}]: "
-                         "bring both to [-1, 1] (from [0, 1]: 2*video - 1; from bytes: clips.to_float)")
+        raise ValueError(f"pixels lie in [{low:.3g}, {high:.3g}], as if in [0, 1]: {fix}; if they truly "
+                         "have no dark pixel, judge them together with clips that have some")
+    if shown is None or (least := shown[0]) <= -.2: return
+    if shown[1] > 2 or (shown[1] - least > .5 and low < -.5):
+        raise ValueError(f"generated pixels lie in [{least:.3g}, {shown[1]:.3g}], "
+                         f"true ones in [{low:.3g}, {high:.3g}]: {fix}")
 
 # %% ../nbs/15_metrics.ipynb #c006
 def as_shown(
@@ -98,7 +100,8 @@ def ssim(
     frames, (H, W) = as_shown(y_hat, y), y.shape[-2:]
     if min(H, W) < 11: raise ValueError(f"ssim compares windows of 11×11 pixels, but the frames are {H}×{W}: enlarge them")
     y_hat, y = ((v.flatten(0, 1) + 1)/2 for v in frames)
-    return structural_similarity_index_measure(y_hat, y, data_range=1., reduction='none').view(len(frames[0]), -1).mean(1)
+    each = structural_similarity_index_measure(y_hat, y, data_range=1., reduction='none')
+    return each.view(len(frames[0]), -1).mean(1)
 
 # %% ../nbs/15_metrics.ipynb #c027
 def changed(

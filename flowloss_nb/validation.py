@@ -78,7 +78,7 @@ def sample_clips(
 # %% ../nbs/15b_validation.ipynb #b5000003
 def file_stem(
     name:str, # Of a clip
-)->str:       # The same if it is fit for a file; else its letters, digits, `_` and `-`, and a hash of all of it
+)->str:       # The same if it is fit for a file; else what is fit of it, and a hash of all of it
     "What a clip's file is called."
     if re.fullmatch(r'[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}', name): return name
     plain = re.sub(r'[^A-Za-z0-9_-]+', '_', name)[-60:]
@@ -127,7 +127,8 @@ def measure(
 )->dict[str, float]:         # 'name/measure' → mean over all clips
     "Means of every measure over several batches, as flat numbers for a log."
     known = known or [None]*len(batches)
-    told = [clip_measures(y_hat, b, estimator, judge, f) for y_hat, b, f in zip(drawn, batches, known, strict=True)]
+    each = zip(drawn, batches, known, strict=True)
+    told = [clip_measures(y_hat, b, estimator, judge, f) for y_hat, b, f in each]
     merged = {k: torch.cat([t[k] for t in told]) for k in told[0]}
     return {f'{name}/{k}': v['mean'] for k, v in summarise(merged).items()}
 
