@@ -92,7 +92,7 @@ def i3d_looks(
     net:nn.Module,  # `load_i3d(...)`
 )->Tensor:          # `(B,1,400)`
     "Logits of a clip that FVD compares."
-    x = i3d_frames(video).to(next(net.parameters()).device)
+    x = i3d_frames(video).to(next(net.parameters()))
     x = F.interpolate(x, (x.shape[2], 224, 224), mode='trilinear', align_corners=False)
     return net(x).mean((2, 3, 4)).unsqueeze(1)
 
@@ -129,5 +129,6 @@ def script_looks(
     net:nn.Module,  # `load_script(...)`
 )->Tensor:          # `(B,1,400)`
     "Logits of a clip, by StyleGAN-V's I3D."
-    pixels = (i3d_frames(video)*127.5 + 127.5).to(next(iter(net.state_dict().values())).device)
+    pixels = i3d_frames(video).float()*127.5 + 127.5
+    pixels = pixels.to(next(iter(net.state_dict().values())).device)
     return net(pixels, rescale=True, resize=True, return_features=True).unsqueeze(1)
