@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'choose_estimator', 'Stage', 'with_flow', 'embedded_stage', 'stage_denoiser', 'shipped_weights',
-           'results', 'recorded', 'choose_objective', 'calibrate', 'judge_clips', 'interleave']
+           'results', 'recorded', 'choose_objective', 'warmed', 'calibrate', 'judge_clips', 'interleave']
 
 # %% ../nbs/16b_recipes.ipynb #c003
-import json
+import copy, json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -146,28 +146,48 @@ def choose_objective(
     return partial(flow_objective, codec=stage.codec, estimator=stage.estimator, gate=gates[name], K=K, floor=floor,
                    s=s*paper_scale(stage.test[0]['video'].shape[-2:]), **mix)
 
+# %% ../nbs/16b_recipes.ipynb #39a1bf73
+def warmed(
+    denoiser:Denoiser,  # Stays as it is
+    stage:Stage,        # Clips and codec
+    params:TrainParams, # As the run's: order, noise, learning rate
+    steps:int,          # Of reconstruction alone; 0: none
+)->Denoiser:            # A copy with other weights; for 0 steps the denoiser itself
+    "The denoiser as reconstruction alone would have it after some steps."
+    if not steps: return denoiser
+    p = replace(params, ema=0., ratio_every=0, progress=False)
+    accelerator = make_accelerator(p)
+    with torch.random.fork_rng():
+        state = begin(p, Path('/nonexistent'), copy.deepcopy(denoiser), accelerator)
+        codec = stage.codec.to(accelerator.device)
+        job = Job(p, accelerator, codec, recon_objective, stage.train)
+        for _ in range(steps): train_step(state, job)
+    return state.core()
+
 # %% ../nbs/16b_recipes.ipynb #c021
 def calibrate(
     ratio:float,        # Wanted ‖∇flow‖ / ‖∇recon‖, median over draws with an open gate
-    denoiser:Denoiser,  # At the weights where training starts
+    denoiser:Denoiser,  # At the weights where training starts; stays as it is
     stage:Stage,        # Clips and codec
-    params:TrainParams, # Batch size, prior, seed: as the run's
+    params:TrainParams, # Batch size, prior, seed, learning rate: as the run's
     draws:int=12,       # Batches with an open gate
     name:str='flow',    # One of `OBJECTIVES` with a flow term
+    after:int=200,      # Steps of reconstruction alone before the ratio is measured
     **objective,        # Further arguments of `choose_objective`
-)->dict[str, float]:    # 's' and the median 'ratio' found at s = 1
+)->dict[str, float]:    # 's', the median 'ratio' found at s = 1, and 'after'
     "The s at which the flow gradient is `ratio` times the reconstruction gradient."
     if not ratio > 0: raise ValueError(f'ratio must be > 0, got {ratio}; for none use the objective recon')
-    one, weights, found, step = choose_objective(name, stage, s=1., **objective), list(denoiser.parameters()), [], 0
-    places = range(params.batch_size)
+    one, found, step = choose_objective(name, stage, s=1., **objective), [], 0
+    net, places = warmed(denoiser, stage, params, after), range(params.batch_size)
+    weights, device = list(net.parameters()), next(net.parameters()).device
     while len(found) < draws and step < 20*draws:
         step += 1
         order = torch.randint(len(stage.train), (len(places),), generator=stream(params.seed, step, 'calibrate'))
-        batch = take(stage.train, order.tolist())
-        losses, _ = step_losses(denoiser, stage.codec, one, batch, params, step, places)
+        batch = take(stage.train, order.tolist(), device)
+        losses, _ = step_losses(net, stage.codec, one, batch, params, step, places)
         if 'flow_term' in losses: found.append(gradient_norms(losses, weights)['ratio'])
     if not found: raise ValueError(f'{name} had no flow term in {step} batches: is its gate ever open? Raise psi, or set s itself')
-    return {'s': ratio / median(found), 'ratio': median(found)}
+    return {'s': ratio / median(found), 'ratio': median(found), 'after': after}
 
 # %% ../nbs/16b_recipes.ipynb #c025
 @torch.no_grad()
