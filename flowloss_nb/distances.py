@@ -6,7 +6,8 @@
 __all__ = ['INCEPTION', 'ALEXNET', 'TooFew', 'check_features', 'frechet_distance', 'clip_kernel', 'jackknife_variance',
            'kernel_distance', 'file_hash', 'lite0_file', 'lite0', 'look', 'frame_looks', 'time_as_colour', 'clip_looks',
            'empty_inception', 'inception_looks', 'load_lpips', 'lpips', 'Measure', 'lite0_measures', 'frechet_value',
-           'fid_measure', 'fvd_measure', 'lpips_measure', 'set_features', 'check_sets', 'set_measures']
+           'fid_measure', 'fvd_measure', 'lpips_measure', 'set_features', 'check_sets', 'set_measures',
+           'copy_distances']
 
 # %% ../nbs/15a_distances.ipynb #4d230fbd
 import hashlib, io, warnings
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from .clips import check_video, resize_video, to_uint8
 from .i3d import I3D_FVD, I3D_SCRIPT, i3d_looks, load_i3d, load_script, script_looks
-from .metrics import as_shown
+from .metrics import as_shown, copy_first
 from .official import Official, check_hash, find_official, fit_state, read_tensors
 
 # %% ../nbs/15a_distances.ipynb #5145325b
@@ -304,3 +305,18 @@ def set_measures(
     check_sets(a, b)
     common = dict(split=split, seeds=list(seeds), clips=[a['set']['clips'], b['set']['clips']], frames=a['set']['frames'], size=a['set']['size'], stride=stride)
     return {name: m.distance(a[name], b[name]) | dict(protocol=common | m.about) for name, m in measures.items()}
+
+# %% ../nbs/15a_distances.ipynb #a7c01e52
+def copy_distances(
+    true:dict[str, Tensor],       # Split → true clips `(N,T,3,H,W)`
+    measures:dict[str, Measure],  # Such as `lite0_measures(lite0())`
+)->dict[str, dict]:               # Split → name → value, se, protocol; or value None, why
+    "How far the motionless clips are, whose frames all equal the true frame 0."
+    out = {}
+    for split, video in true.items():
+        known, out[split] = set_features(video.split(16), measures), {}
+        frozen = set_features([copy_first({'video': v}) for v in video.split(16)], measures)
+        for name, m in measures.items():
+            try: out[split] |= set_measures(frozen, known, {name: m}, split, [])
+            except TooFew as e: out[split][name] = dict(value=None, why=str(e))
+    return out
