@@ -8,9 +8,9 @@ __all__ = ['MEASURES', 'OFFICIAL', 'TRAINING', 'RECORD', 'EARLIER', 'NEEDED', 'N
            'uncommitted', 'read_record', 'read_sweep', 'recorded_sweep', 'arm_name', 'conditions', 'check_alike',
            'arms', 'finite', 'over_seeds', 'verdict', 'said', 'over_clips', 'still_sets', 'still_record', 'with_copy',
            'measured', 'strategy_rows', 'fooled', 'with_interval', 'clip_rows', 'draw_relative', 'draw_still',
-           'ratio_was', 'reservations', 'protocol_words', 'at_steps', 'at_step', 'over_steps', 'rows_at', 'draw_curves',
-           'draw_differences', 'crossed', 'stands_at', 'stands_words', 'shows', 'judged', 'course_rows', 'lag',
-           'sampled', 'drawable', 'shared_seed', 'kept_near', 'draw_samples', 'record_sweep']
+           'ratio_was', 'listed', 'reservations', 'protocol_words', 'at_steps', 'at_step', 'over_steps', 'rows_at',
+           'draw_curves', 'draw_differences', 'crossed', 'stands_at', 'stands_words', 'shows', 'judged', 'course_rows',
+           'lag', 'sampled', 'drawable', 'shared_seed', 'kept_near', 'draw_samples', 'record_sweep']
 
 # %% ../nbs/16d_strategies.ipynb #f382f3ce
 import json, math, shutil
@@ -408,23 +408,30 @@ def draw_still(
 
 # %% ../nbs/16d_strategies.ipynb #5bb4eaf9
 def ratio_was(
-    record:dict,    # Of a run
-)->dict:            # median, early (first eighth of the steps), late (last half); {} without a flow term
+    runs:list[dict],    # Records of one strategy
+)->dict:                # median over all, early (first eighth of the steps), late (last half); {} without a flow term
     "The ratio of gradient norms, flow over reconstruction, that was logged while training."
-    told = record.get('ratio') or []
-    if not told: return {}
-    end = max(record['protocol'].get('steps', 0), told[-1][0])
-    parts = dict(early=[r for step, r in told if step < end/8], late=[r for step, r in told if step >= end/2])
-    return dict(median=record.get('ratio_median') or median(r for _, r in told)) | {k: median(v) for k, v in parts.items() if v}
+    told = [(step, r, max(run['protocol'].get('steps', 0), run['ratio'][-1][0])) for run in runs if run.get('ratio') for step, r in run['ratio']]
+    own = [run['ratio_median'] for run in runs if run.get('ratio_median') is not None]
+    parts = dict(median=own or [r for _, r, _ in told], early=[r for step, r, end in told if step < end/8], late=[r for step, r, end in told if step >= end/2])
+    return {k: median(v) for k, v in parts.items() if v}
+
+def listed(
+    runs:list[tuple],   # Name of a strategy and seed, in order
+)->str:                 # 'recon only: 0, 1; w_ψ: 0'
+    "Runs in words."
+    seeds = {}
+    for name, s in runs: seeds.setdefault(name, []).append(str(s))
+    return '; '.join(f"{name}: {', '.join(found)}" for name, found in seeds.items())
 
 def reservations(
     by:dict,        # From `arms` or `with_copy`
 )->list[str]:       # Sentences
     "What is to be held against these records."
-    runs = [(name, s, r) for name, arm in by.items() if name != COPY for s, r in arm.items()]
+    runs = [(name, s, r) for name, arm in by.items() if name != COPY for s, r in sorted(arm.items())]
     earlier = sorted({EARLIER[r['version']] for *_, r in runs if r.get('version') in EARLIER})
-    loose = [f'{name} {s}' for name, s, r in runs if r.get('uncommitted')]
-    return earlier + ([f"made in part from a tree with uncommitted changes: {', '.join(loose)}"] if loose else [])
+    loose = [(name, s) for name, s, r in runs if r.get('uncommitted')]
+    return earlier + ([f"made in part from a tree with uncommitted changes: seeds {listed(loose)}"] if loose else [])
 
 def protocol_words(
     by:dict,            # From `arms` or `with_copy`
@@ -434,10 +441,10 @@ def protocol_words(
     firsts = {name: next(iter(arm.values())) for name, arm in by.items() if name != COPY}
     first = next(iter(firsts.values()))
     sets = first.get('distances', {}).get('protocol', {}).get(split, {})
-    told = [first['protocol'] | {k: v for k, v in conditions(first).items() if k == 's'}, {'seeds': '; '.join(f"{name} {', '.join(map(str, sorted(by[name])))}" for name in firsts)}]
+    told = [first['protocol'] | {k: v for k, v in conditions(first).items() if k == 's'}, {'seeds': listed((name, s) for name in firsts for s in sorted(by[name]))}]
     told += [{'measure': name} | {k: v for k, v in about.items() if k != 'seeds'} | {'stride': about['stride'] or 'episodes resampled'} for name, about in sets.items()]
     own = {name: {k: v for k, v in conditions(r).items() if k in OWN and v != conditions(first).get(k)} for name, r in firsts.items()}
-    was = {name: ratio_was(r) for name, r in firsts.items()}
+    was = {name: ratio_was(list(by[name].values())) for name in firsts}
     told += [{'strategy': name} | own[name] | ({'gradient ratio that was': was[name]} if was[name] else {}) for name in firsts if own[name] or was[name]]
     return '\n\n'.join([*map(in_words, told), *(f'*{words}*' for words in reservations(by))])
 
