@@ -262,10 +262,9 @@ def over_seeds(
     if arm is base: return out | dict(level=out['mean'])
     if not shared: return out
     x, y = [a[s] for s in shared], [b[s] for s in shared]
-    out |= dict(base=mean(y), difference=mean(x) - mean(y), level=mean(b.values()) + mean(x) - mean(y))
-    if len(shared) == 1: return out
-    told = paired_interval(x, y)
-    return out | dict(low=told['low'], high=told['high'])
+    told = paired_interval(x, y) if len(shared) > 1 else dict(mean=x[0] - y[0])
+    ends = {k: told[k] for k in ('low', 'high') if k in told}
+    return out | dict(base=mean(y), difference=told['mean'], level=mean(b.values()) + told['mean']) | ends
 
 # %% ../nbs/16d_strategies.ipynb #ea0ab698
 def verdict(
