@@ -219,7 +219,7 @@ def batch_indices(
     "The clips of one step: shuffled anew each epoch, with no state."
     if n < 1 or batch_size < 1 or step < 0:
         raise ValueError(f'need n ≥ 1, batch_size ≥ 1 and step ≥ 0, got {n}, {batch_size}, {step}')
-    def shuffle(epoch): return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    def shuffle(epoch): return torch.randperm(n, generator=torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**64))
     places = range(step * batch_size, (step + 1) * batch_size)
     order = {e: shuffle(e) for e in {p // n for p in places}}
     return [int(order[p // n][p % n]) for p in places]

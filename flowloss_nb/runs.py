@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['HERE', 'PACKAGES', 'package_version', 'sources', 'git_commit', 'versions', 'new_run', 'read_run', 'markdown_table',
-           'in_words', 'find_notebook', 'known_parameters', 'check_known', 'this_kernel', 'make_room', 'failed_cell',
-           'forward_end', 'run_notebook', 'parse_value', 'parse_params', 'main']
+           'in_words', 'find_notebook', 'tagged_cell', 'typed_parameters', 'type_of', 'known_parameters', 'check_known',
+           'fit_params', 'this_kernel', 'make_room', 'failed_cell', 'as_source', 'with_values', 'forward_end',
+           'run_notebook', 'read_params', 'parse_params', 'main']
 
 # %% ../nbs/16_runs.ipynb #c003
 import argparse, ast, json, os, platform, shutil, signal, subprocess, sys, tempfile, threading, time
@@ -16,6 +17,7 @@ import torch
 from .records import keep_params, lock_run, read_json, read_log, write_json
 from .report import columns_of, show_value
 from .scale import Stopped
+from .values import fit, kind_of, parse_value, read_kind, read_yaml
 
 # %% ../nbs/16_runs.ipynb #c006
 HERE = Path(globals().get('__file__', '../flowloss_nb/runs.py')).resolve().parent # the package's folder
@@ -116,24 +118,46 @@ def find_notebook(
     name:str, # A path, or a name like 'experiments/compare'
 )->Path:      # The notebook
     "Find an experiment by path or name: from here, in `nbs/`, or beside the package."
-    folders = (Path('.'), Path('nbs'), HERE.parent/'nbs')
+    name, folders = Path(name).expanduser(), (Path('.'), Path('nbs'), HERE.parent/'nbs')
     places = [folder/f'{name}{end}' for folder in folders for end in ('', '.ipynb')]
     found = next((p for p in places if p.is_file()), None)
-    if found is None: raise FileNotFoundError(f"no notebook {name!r}: looked for {', '.join(map(str, places))}")
+    if found is None: raise FileNotFoundError(f"no notebook '{name}': looked for {', '.join(map(str, places))}")
     return found.resolve()
 
 # %% ../nbs/16_runs.ipynb #c032
-def known_parameters(
+def tagged_cell(
     notebook:Path, # An experiment notebook
-)->dict:           # Name → default, as source text
-    "What the notebook's tagged cell defines."
-    cells = json.loads(Path(notebook).read_text(encoding='utf-8'))['cells']
+)->str:            # Its source
+    "The notebook's cell of parameters."
+    cells = read_json(notebook).get('cells')
+    if not isinstance(cells, list): raise ValueError(f'{notebook} is no notebook: it has no cells')
     tagged = [''.join(c['source']) for c in cells if 'parameters' in c['metadata'].get('tags', [])]
     if len(tagged) != 1: raise ValueError(f'{notebook} has {len(tagged)} cells tagged `parameters`, must have one: '
         'without it a run would take the defaults and say nothing. Was the tag stripped by a clean-up?')
-    named = [s for s in ast.parse(tagged[0]).body if isinstance(s, (ast.Assign, ast.AnnAssign)) and s.value]
-    pairs = [(t, s.value) for s in named for t in (s.targets if isinstance(s, ast.Assign) else [s.target])]
-    return {t.id: ast.unparse(value) for t, value in pairs if isinstance(t, ast.Name)}
+    return tagged[0]
+
+def typed_parameters(
+    notebook:Path, # An experiment notebook
+)->dict:           # Name → its type and its default, as source text
+    "What the notebook's tagged cell defines."
+    named = [s for s in ast.parse(tagged_cell(notebook)).body if isinstance(s, (ast.Assign, ast.AnnAssign)) and s.value]
+    sides = [(t, s) for s in named for t in (s.targets if isinstance(s, ast.Assign) else [s.target])]
+    return {t.id: (type_of(s), ast.unparse(s.value)) for t, s in sides if isinstance(t, ast.Name)}
+
+def type_of(
+    line:ast.Assign|ast.AnnAssign, # A line of a tagged cell
+)->str:                            # As `values.read_kind` takes it
+    "The type that a line gives its parameter."
+    kind = getattr(line, 'annotation', None)
+    if kind: return kind.value if isinstance(kind, ast.Constant) and isinstance(kind.value, str) else ast.unparse(kind)
+    try: return kind_of(ast.literal_eval(line.value))
+    except ValueError: return 'object'
+
+def known_parameters(
+    notebook:Path, # An experiment notebook
+)->dict:           # Name → default, as source text
+    "The defaults in the notebook's tagged cell."
+    return {name: default for name, (_, default) in typed_parameters(notebook).items()}
 
 # %% ../nbs/16_runs.ipynb #c034
 def check_known(
@@ -142,9 +166,20 @@ def check_known(
 )->dict:           # The same values
     "Refuse parameters that the notebook doesn't have."
     known = known_parameters(notebook)
-    unknown, has = sorted({*params} - {*known}), ', '.join(f'{k} = {v}' for k, v in known.items())
+    unknown, has = sorted(map(str, {*params} - {*known})), ', '.join(f'{k} = {v}' for k, v in known.items())
     if unknown: raise ValueError(f"{Path(notebook).name} has no parameter {', '.join(unknown)}; it has {has}")
+    if 'run_dir' in params: raise ValueError('run_dir is the folder that the run is given, and no parameter to set')
     return params
+
+# %% ../nbs/16_runs.ipynb #a1f40002
+def fit_params(
+    notebook:Path,        # An experiment notebook
+    params:dict,          # Values to run it with, or text that spells them
+    here:Path|None=None,  # Folder that paths start from; None: leave them as they are
+)->dict:                  # The values as the notebook takes them
+    "Refuse parameters that the notebook doesn't have, and values that they can't have."
+    typed = typed_parameters(notebook)
+    return {k: fit(k, v, *typed[k], here) for k, v in check_known(notebook, params).items()}
 
 # %% ../nbs/16_runs.ipynb #c040
 @contextmanager
@@ -184,6 +219,29 @@ def failed_cell(
             for n, cell, out in outputs if out['output_type'] == 'error')
     return next(told, '')
 
+# %% ../nbs/16_runs.ipynb #a1f40008
+def as_source(
+    value:object, # As `fit_params` returns
+)->str:
+    "A value as Python writes it; infinity, too."
+    if isinstance(value, dict): return '{' + ', '.join(f'{k!r}: {as_source(v)}' for k, v in value.items()) + '}'
+    if isinstance(value, list): return '[' + ', '.join(map(as_source, value)) + ']'
+    if isinstance(value, tuple): return '(' + ''.join(f'{as_source(v)}, ' for v in value) + ')'
+    return f"float('{value}')" if value in (float('inf'), -float('inf')) else repr(value)
+
+def with_values(
+    notebook:Path, # An experiment notebook
+    params:dict,   # As `fit_params` returns
+)->dict:           # The notebook as JSON
+    "A notebook with a cell that sets its parameters."
+    book, tags = read_json(notebook), lambda cell: cell['metadata'].get('tags', [])
+    cells = [c for c in book['cells'] if 'injected-parameters' not in tags(c)]
+    at = next(i for i, c in enumerate(cells) if 'parameters' in tags(c))
+    lines = [f'# Parameters of this run of {Path(notebook).name}', *(f'{k} = {as_source(v)}' for k, v in params.items())]
+    given = cells[at] | dict(source='\n'.join(lines), metadata={'tags': ['injected-parameters']}, outputs=[], execution_count=None)
+    if 'id' in given: given['id'] = f"{given['id'][:50]}-given"
+    return book | {'cells': [*cells[:at + 1], *([given] if params else []), *cells[at + 1:]]}
+
 # %% ../nbs/16_runs.ipynb #151eed5a
 @contextmanager
 def forward_end():
@@ -210,14 +268,15 @@ def run_notebook(
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from traitlets.config import Config
     quiet = Config({k: {'transport_encryption': 'auto'} for k in ('KernelManager', 'AsyncKernelManager')})
-    source = find_notebook(notebook); params = check_known(source, params or {})
-    run_dir = Path(run_dir).resolve()
+    source, run_dir = find_notebook(notebook), Path(run_dir).expanduser().resolve()
+    params = fit_params(source, params or {}, Path.cwd())
     rank = int(os.environ.get('RANK', 0))       # of many processes under `accelerate launch` the first one holds the folder
     with nullcontext() if rank else lock_run(run_dir, 'notebook.lock'), this_kernel() as kernel, forward_end():
         if not rank: make_room(run_dir, overwrite)
         done = run_dir/(f'notebook-{rank}.ipynb' if rank else 'notebook.ipynb')
         if 'run_dir' in known_parameters(source): params = {**params, 'run_dir': str(run_dir)}
-        try: papermill.execute_notebook(str(source), str(done), params, cwd=str(source.parent), kernel_name=kernel,
+        write_json(done, with_values(source, params)); place = str(done).replace('{', '{{').replace('}', '}}')
+        try: papermill.execute_notebook(place, place, cwd=str(source.parent), kernel_name=kernel,
             language='python', execution_timeout=timeout, progress_bar=progress, log_output=False, config=quiet)
         except (papermill.PapermillExecutionError, DeadKernelError, CellTimeoutError) as e:
             why = failed_cell(done) or e
@@ -225,27 +284,27 @@ def run_notebook(
             raise RuntimeError(f'{source.name} failed in {why}\n\nThe notebook as far as it got: {done}') from None
     return run_dir
 
-# %% ../nbs/16_runs.ipynb #c055
-def parse_value(
-    text:object, # '300', '1e-3', 'None', '[1, 2]', 'compare'; a list of such; what isn't text stays as it is
-)->object:       # The value
-    "Read a value as Python, else take it as text."
-    if isinstance(text, list): return [parse_value(v) for v in text]
-    try: return ast.literal_eval(text) if isinstance(text, str) else text
-    except (ValueError, SyntaxError): return {'true': True, 'false': False, 'null': None}.get(text.lower(), text)
-
 # %% ../nbs/16_runs.ipynb #c057
+def read_params(
+    file:Path, # YAML or JSON of name: value
+)->dict:       # Name → text, None, or lists and dicts of such
+    "Parameters from a file; what the text means, their types decide."
+    file = Path(file).expanduser()
+    try: text = file.read_text(encoding='utf-8-sig')
+    except UnicodeDecodeError as e: raise ValueError(f'{file} is no text in UTF-8: {e.reason} at byte {e.start}') from None
+    read = read_yaml(text.replace('\t', ' ') if file.suffix == '.json' else text, file)
+    if not isinstance(read, dict | None): raise ValueError(f'{file} must hold name: value lines, got a {type(read).__name__}')
+    return read or {}
+
 def parse_params(
     pairs:list[str],      # 'name=value'
     file:Path|None=None,  # YAML or JSON of name: value
-)->dict:                  # Name → value
+)->dict:                  # Name → as `read_params`
     "Parameters from a file and from pairs, which go before it."
-    import yaml
-    try: read = (yaml.safe_load(Path(file).read_text(encoding='utf-8')) or {}) if file else {}
-    except yaml.YAMLError as e: raise ValueError(f'{file} is no YAML: {e}') from None
-    if not isinstance(read, dict): raise ValueError(f'{file} must hold name: value lines, got a {type(read).__name__}')
-    if (bad := [p for p in pairs if '=' not in p]): raise ValueError(f"-p takes name=value, got {', '.join(bad)}")
-    return {k: parse_value(v) for k, v in {**read, **dict(p.split('=', 1) for p in pairs)}.items()}
+    if (bad := [p for p in pairs if not p.partition('=')[0].strip() or '=' not in p]): raise ValueError(f"-p takes name=value, got {', '.join(bad)}")
+    named = [(name.strip(), value) for name, _, value in (p.partition('=') for p in pairs)]
+    if (twice := [k for k, v in named if v != dict(named)[k]]): raise ValueError(f'-p {twice[0]} is given twice: ' + ' and '.join(v for k, v in named if k == twice[0]))
+    return (read_params(file) if file else {}) | dict(named)
 
 # %% ../nbs/16_runs.ipynb #c060
 def main(

@@ -9,11 +9,12 @@ __all__ = ['FREE', 'TrainParams', 'check_params', 'stream', 'places', 'draw_sigm
 # %% ../nbs/13c_step.ipynb #c003
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from hashlib import blake2b
 import torch
 from torch import Generator, Tensor, nn
 from .edm import expand, sample_sigma
+from .values import fit
 
 # %% ../nbs/13c_step.ipynb #c006
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class TrainParams:
     P_mean:float = 0.5         # Mean of ln σ
     P_std:float = 1.4          # Standard deviation of ln σ
     drop:float = 0.1           # Share of clips for each of three droppings: tokens, tokens and frame 0, frame 0
-    seed:int = 0               # Seed of data order, σ, noise, dropping and target frames
+    seed:int = 0               # Seed ≥ 0 of data order, σ, noise, dropping and target frames
     mixed_precision:str = 'no' # 'no', 'bf16' or, on a GPU, 'fp16'
     fsdp:bool = False          # Shard weights, gradients and moments over the processes
     adam8:bool = False         # Moments in eight bits (bitsandbytes, GPU)
@@ -46,6 +47,9 @@ class TrainParams:
     keep:int = 2               # Checkpoints kept, the newest
     tensorboard:bool = True    # Write TensorBoard files beside the log
     progress:bool = True       # Show a progress bar
+
+    def __post_init__(self):
+        for f in fields(self): object.__setattr__(self, f.name, fit(f'TrainParams: {f.name}', getattr(self, f.name), f.type.__name__, repr(f.default)))
 
 # %% ../nbs/13c_step.ipynb #c008
 FREE = ('steps', 'cpu', 'fsdp', 'max_skips', 'log_every', 'ratio_every', 'validate_every', 'checkpoint_every', 'keep',
@@ -61,11 +65,14 @@ def check_params(
         if not good: raise ValueError(f'TrainParams: {what}')
     for name in ('steps', 'batch_size', 'accumulate', 'max_skips', 'log_every', 'checkpoint_every', 'keep'):
         need(getattr(p, name) >= 1, f'{name} is {getattr(p, name)}, must be at least 1')
-    for name in ('warmup', 'cosine_steps', 'weight_decay', 'ratio_every', 'validate_every'):
+    for name in ('warmup', 'cosine_steps', 'weight_decay', 'P_std', 'seed', 'ratio_every', 'validate_every'):
         need(getattr(p, name) >= 0, f'{name} is {getattr(p, name)}, must not be negative')
+    for name in ('lr', 'weight_decay', 'P_mean', 'P_std'):
+        need(math.isfinite(getattr(p, name)), f'{name} is {getattr(p, name)}, must be finite')
+    for name in ('beta1', 'beta2', 'ema'):
+        need(0 <= getattr(p, name) < 1, f'{name} is {getattr(p, name)}, must be in [0, 1)')
     need(p.lr > 0, f'lr is {p.lr}, must be positive')
     need(p.clip_norm > 0, f'clip_norm is {p.clip_norm}, must be positive; inf never clips')
-    need(0 <= p.ema < 1, f'ema is {p.ema}, must be in [0, 1)')
     need(0 <= 3*p.drop <= 1, f'drop is {p.drop}, must be in [0, 1/3]: it is the share of each of three droppings')
     need(p.mixed_precision in ('no', 'bf16', 'fp16'), f"mixed_precision is {p.mixed_precision!r}, must be 'no', 'bf16' or 'fp16'")
     need(not (p.mixed_precision == 'fp16' and (p.fsdp or p.cpu)), 'fp16 scales its loss, which works on a GPU and without fsdp: take bf16')

@@ -176,7 +176,8 @@ def read_record(
     if missing or r.get('version') not in (*EARLIER, RECORD): raise ValueError(f'{path}: {odd} another version wrote it (versions.json beside it says which). Keep such runs in another folder; to have this one judged anew, move its metrics.json away and run its notebook again, which goes on from the last checkpoint')
     apart = {when: {f'set/{k}': v['value'] for k, v in told.items()} for when, told in r.get('distances', {}).items() if when not in ('protocol', 'copy')}
     curve = [l | apart.get(str(l['step']), {}) for l in r['curve']]
-    return r | dict(folder=Path(path).parent, uncommitted=uncommitted(Path(path).parent), curve=curve, test=r['test'] | apart.get('test', {}))
+    psi = math.inf if r['psi'] is None else r['psi']     # JSON has no infinity
+    return r | dict(folder=Path(path).parent, uncommitted=uncommitted(Path(path).parent), psi=psi, curve=curve, test=r['test'] | apart.get('test', {}))
 
 # %% ../nbs/16d_strategies.ipynb #0c5ebc71
 def read_sweep(
