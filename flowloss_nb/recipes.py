@@ -9,7 +9,7 @@ __all__ = ['OBJECTIVES', 'choose_estimator', 'Stage', 'with_flow', 'embedded_sta
 # %% ../nbs/16b_recipes.ipynb #c003
 import copy, json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -26,6 +26,7 @@ from .losses import (averaged, flow_objective, hard_gate, large_gate, motion_wei
     recon_objective, soft_gate, warp_objective)
 from .metaworld import load_clips
 from .metrics import clip_measures, copy_first
+from .scale import run_device
 from .step import TrainParams, gradient_norms, step_losses, stream
 from .trainer import Job, begin, load_weights, make_accelerator, train_step
 from .validation import denoise_clips, keep_clips, sample_clips
@@ -51,7 +52,10 @@ class Stage:
     test:Dataset        # With exact flow
     codec:nn.Module     # Fitted on `train`
     estimator:nn.Module # F, in the loss
-    judge:nn.Module     # F′, never in a loss
+    judge:nn.Module|None # F′, never in a loss; None: nobody knows the true motion
+    device:torch.device = field(default_factory=run_device) # Where the three are
+    def __post_init__(self):
+        for net in (self.codec, self.estimator, self.judge): net is None or net.to(self.device)
 
 # %% ../nbs/16b_recipes.ipynb #c007
 def with_flow(
@@ -72,15 +76,17 @@ def embedded_stage(
     flow:str|None='estimated', # Training clips carry F(y); 'exact': the true flow; None: none, for objectives that need none
     estimator:nn.Module|None=None, # F; None: the small one that ships
     anchored:bool=False,    # F is DOT, and finds F(ŷ) from the tracks of y
+    device:torch.device|None=None, # Where its modules shall be; None: this process's GPU if there is one
 )->Stage:
     "Load clips, fit the codec (on all of them: a shipped denoiser knows no other), compute F(y) once."
-    train, estimator = load_clips('train', preset), estimator or small_estimator()
+    train, device = load_clips('train', preset), torch.device(device) if device else run_device()
+    estimator = (estimator or small_estimator()).to(device)
     chosen = train if clips is None else train.select(spread(len(train), clips))
     codec = fit_linear(take(train, spread(len(train), 100))['video'], channels=channels)
     if flow not in ('estimated', 'exact', None): raise ValueError(f"flow must be 'estimated', 'exact' or None, got {flow!r}")
     seen = chosen if flow == 'exact' else (with_flow(chosen, estimator, cache, anchored) if flow else ClipSet(chosen.frames, chosen.prompts, chosen.ids))
     return Stage(seen, load_clips('validation', preset), load_clips('test', preset),
-                 codec, estimator, small_estimator('judge'))
+                 codec, estimator, small_estimator('judge'), device)
 
 # %% ../nbs/16b_recipes.ipynb #c009
 def stage_denoiser(
@@ -90,11 +96,11 @@ def stage_denoiser(
     seed:int=0,                             # Of the initial weights
     init:Path|None=None,                    # Weights to start from, a safetensors file
 )->Denoiser:
-    "The small denoiser for this stage."
+    "The small denoiser for this stage, where the stage is."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         text = WordEncoder(build_vocabulary(load_clips('train', 'fixed').prompts + load_clips('train').prompts))
-    net = small_denoiser(text, len(stage.codec.E), len(stage.codec.E0), widths, attends, seed=seed)
+    net = small_denoiser(text, len(stage.codec.E), len(stage.codec.E0), widths, attends, seed=seed).to(stage.device)
     return load_weights(net, init) if init else net
 
 # %% ../nbs/16b_recipes.ipynb #c010
@@ -159,8 +165,7 @@ def warmed(
     accelerator = make_accelerator(p)
     with torch.random.fork_rng():
         state = begin(p, Path('/nonexistent'), copy.deepcopy(denoiser), accelerator)
-        codec = stage.codec.to(accelerator.device)
-        job = Job(p, accelerator, codec, recon_objective, stage.train)
+        job = Job(p, accelerator, stage.codec, recon_objective, stage.train)
         for _ in range(steps): train_step(state, job)
     return state.core()
 
@@ -179,11 +184,11 @@ def calibrate(
     if not ratio > 0: raise ValueError(f'ratio must be > 0, got {ratio}; for none use the objective recon')
     one, found, step = choose_objective(name, stage, s=1., **objective), [], 0
     net, places = warmed(denoiser, stage, params, after), range(params.batch_size)
-    weights, device = list(net.parameters()), next(net.parameters()).device
+    weights = list(net.parameters())
     while len(found) < draws and step < 20*draws:
         step += 1
         order = torch.randint(len(stage.train), (len(places),), generator=stream(params.seed, step, 'calibrate'))
-        batch = take(stage.train, order.tolist(), device)
+        batch = take(stage.train, order.tolist(), stage.device)
         losses, _ = step_losses(net, stage.codec, one, batch, params, step, places)
         if 'flow_term' in losses: found.append(gradient_norms(losses, weights)['ratio'])
     if not found: raise ValueError(f'{name} had no flow term in {step} batches: is its gate ever open? Raise psi, or set s itself')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FREE', 'TrainParams', 'check_params', 'stream', 'places', 'draw_sigma', 'draw_noise', 'draw_drop', 'learning_rate',
-           'ema_decay', 'update_ema', 'step_losses', 'gradient_norms', 'scalars', 'merge_scalars']
+           'ema_decay', 'update_ema', 'objective_stream', 'step_losses', 'gradient_norms', 'scalars', 'merge_scalars']
 
 # %% ../nbs/13c_step.ipynb #c003
 import math
@@ -45,6 +45,7 @@ class TrainParams:
     validate_every:int = 200   # Steps between validations; the last step always has one; 0: never
     checkpoint_every:int = 200 # Steps between checkpoints; the last step always has one
     keep:int = 2               # Checkpoints kept, the newest
+    patience:float = 240.      # Minutes that processes wait for one another, as for a validation, before they give up
     tensorboard:bool = True    # Write TensorBoard files beside the log
     progress:bool = True       # Show a progress bar
 
@@ -52,8 +53,8 @@ class TrainParams:
         for f in fields(self): object.__setattr__(self, f.name, fit(f'TrainParams: {f.name}', getattr(self, f.name), f.type.__name__, repr(f.default)))
 
 # %% ../nbs/13c_step.ipynb #c008
-FREE = ('steps', 'cpu', 'fsdp', 'max_skips', 'log_every', 'ratio_every', 'validate_every', 'checkpoint_every', 'keep',
-        'tensorboard', 'progress')
+FREE = ('steps', 'accumulate', 'patience', 'cpu', 'fsdp', 'max_skips', 'log_every', 'ratio_every', 'validate_every', 'checkpoint_every',
+        'keep', 'tensorboard', 'progress')
 
 # %% ../nbs/13c_step.ipynb #c010
 def check_params(
@@ -71,6 +72,7 @@ def check_params(
         need(math.isfinite(getattr(p, name)), f'{name} is {getattr(p, name)}, must be finite')
     for name in ('beta1', 'beta2', 'ema'):
         need(0 <= getattr(p, name) < 1, f'{name} is {getattr(p, name)}, must be in [0, 1)')
+    need(p.patience > 0, f'patience is {p.patience}, must be positive: minutes')
     need(p.lr > 0, f'lr is {p.lr}, must be positive')
     need(p.clip_norm > 0, f'clip_norm is {p.clip_norm}, must be positive; inf never clips')
     need(0 <= 3*p.drop <= 1, f'drop is {p.drop}, must be in [0, 1/3]: it is the share of each of three droppings')
@@ -160,6 +162,18 @@ def update_ema(
     for a, b in zip(ema.parameters(), model.parameters()): a.lerp_(b.to(a), 1 - decay)
     for a, b in zip(ema.buffers(), model.buffers()): a.copy_(b)
 
+# %% ../nbs/13c_step.ipynb #d5059505
+def objective_stream(
+    p:TrainParams, # Seed
+    step:int,      # Number of the step
+    where:range,   # Places in the global batch
+    T:int,         # Frames of a clip
+)->Generator:      # On the CPU
+    "What an objective draws from, behind T−1 numbers for each clip before these."
+    generator = stream(p.seed, step, 'objective')
+    torch.rand(where[0], T - 1, generator=generator)
+    return generator
+
 # %% ../nbs/13c_step.ipynb #c038
 def step_losses(
     denoiser:nn.Module,  # As prepared for training: x, σ, cond → ẑ
@@ -178,7 +192,7 @@ def step_losses(
     sigma, noise = draw_sigma(p, step, where).to(z), draw_noise(p, step, where, z.shape[1:]).to(z)
     cond = core.condition(batch['prompt'], video[:, 0], first, draw_drop(p, step, where).to(z.device))
     z_hat = denoiser(z + expand(sigma, z)*noise, sigma, cond)
-    return objective(z_hat, z, batch, sigma, stream(p.seed, step, 'objective', where[0])), sigma
+    return objective(z_hat, z, batch, sigma, objective_stream(p, step, where, z.shape[1])), sigma
 
 # %% ../nbs/13c_step.ipynb #c044
 def gradient_norms(

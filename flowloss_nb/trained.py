@@ -7,7 +7,6 @@ __all__ = ['open_small', 'open_svd', 'open_run']
 
 # %% ../nbs/16e_trained.ipynb #ca8a151e
 from pathlib import Path
-import torch
 from torch import nn
 from .metaworld import load_clips
 from .prepare import PreparedClips
@@ -40,7 +39,8 @@ def open_svd(
     clips = {split: PreparedClips(asked['data'], split) if asked['data'] else load_clips(split, 'fixed') for split in ('train', 'validation', 'test')}
     text = asked['text'] if asked['svd'] else run_dir/'tiny_svd'
     F = choose_estimator(asked['estimator'], weights)
-    return Stage(**clips, codec=load_svd_codec(run_dir/'model', reach=None), estimator=F, judge=None), load_svd(run_dir/'model', text).eval()
+    stage = Stage(**clips, codec=load_svd_codec(run_dir/'model', reach=None), estimator=F, judge=None)
+    return stage, load_svd(run_dir/'model', text).eval().to(stage.device)
 
 # %% ../nbs/16e_trained.ipynb #bbf865c9
 def open_run(
@@ -50,7 +50,4 @@ def open_run(
     "Open a trained model."
     asked = read_run(run_dir)['params'].get('experiment', {}) if run_dir else {'strategy': None}
     if not {'strategy', 'objective'} & set(asked): raise ValueError(f'{run_dir} is a run of another notebook: give one of strategy, train or train_bridge')
-    stage, denoiser = (open_svd if 'svd' in asked else open_small)(run_dir, weights)
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    for net in (stage.codec, stage.estimator, stage.judge, denoiser): net is None or net.to(device)
-    return stage, denoiser
+    return (open_svd if 'svd' in asked else open_small)(run_dir, weights)
