@@ -77,10 +77,11 @@ def kept_distances(
     true:dict[str, Tensor],         # 'validation' and 'test': the true clips `(N,T,3,H,W)`, in the samples' order
     measures:dict[str, Measure],    # From `all_measures`; {}: none
     seed:int=0,                     # Of the model, for the protocol
-)->dict[str, dict]:                 # Step, or 'test' → measure → value, se (or why there is none); 'copy': split → the same of copying frame 0; 'protocol': split → measure → protocol
+)->dict[str, dict]:                 # Step, 'test', or 'copy' and split → measure → value, se, or why not; and 'protocol'
     "Distances between true clips and samples, at every step that has some, and of copying frame 0."
     if not measures: return {'protocol': {}}
-    files = {str(int(f.parent.name[5:])): f for f in sorted(Path(run_dir).glob('samples/step_*/drawn.safetensors'))}
+    drawn = sorted(Path(run_dir).glob('samples/step_*/drawn.safetensors'))
+    files = {str(int(f.parent.name[5:])): f for f in drawn}
     known, told, protocol = {split: set_features(video.split(16), measures) for split, video in true.items()}, {}, {}
     for when, file in (files | {'test': Path(run_dir)/'samples'/'test.safetensors'}).items():
         split = 'test' if when == 'test' else 'validation'
@@ -120,7 +121,8 @@ def average_flops(
         p = replace(params, P_mean=math.log(sigma), P_std=0.)
         losses = lambda: step_losses(denoiser, codec, objective, batch, p, 1, range(1))[0]
         return cost(lambda: losses()['loss'])['flops']
-    share, inside, outside = share_below(psi, params.P_mean, params.P_std), min(psi/2, 1.), 2*psi or 1.
+    share = share_below(psi, params.P_mean, params.P_std)
+    inside, outside = min(psi/2, 1.), 2*psi or 1.
     return (share and share*count(inside)) + (1 - share and (1 - share)*count(outside))
 
 # %% ../nbs/16d_strategies.ipynb #ad565961
@@ -134,12 +136,13 @@ def thinned(
     "Training in few points."
     groups, number = {}, lambda v: isinstance(v, (int, float)) and math.isfinite(v)
     for l in log: groups.setdefault(-(-l['step']//every)*every, []).append(l)
-    found = {step: {k: [l[k] for l in lines if number(l.get(k))] for k in keys} for step, lines in groups.items()}
-    return [{'step': step} | {k: median(v) for k, v in told.items() if v} for step, told in found.items()]
+    middle = lambda lines, k: median(v) if (v := [l[k] for l in lines if number(l.get(k))]) else None
+    points = [{'step': step} | {k: middle(lines, k) for k in keys} for step, lines in groups.items()]
+    return [{k: v for k, v in p.items() if v is not None} for p in points]
 
 # %% ../nbs/16d_strategies.ipynb #c63ec3ad
 RECORD = 2  # Grows when what a record's numbers mean changes
-EARLIER = {1: 'measured with the old judge and calibration (s at the first weights)'} # Records that are read still, and what to say of them
+EARLIER = {1: 'measured with the old judge and calibration (s at the first weights)'} # Read still, and said
 NEEDED = ('strategy', 'seed', 'psi', 'curve', 'test', 'protocol')
 
 def run_record(
@@ -154,8 +157,9 @@ def run_record(
     test = {k: m for k, v in judged.items() if math.isfinite(m := float(torch.tensor(v).nanmean()))}
     per_clip = {k: [round(x, 4) for x in v] for k, v in judged.items() if k in MEASURES}
     ratio = [[l['step'], l['ratio']] for l in log if l.get('ratio') is not None]
-    return about | dict(version=RECORD, curve=curve, distances=apart, test=test, per_clip=per_clip, cost=step_cost(log),
-                        training=thinned(log), ratio=ratio, ratio_median=median(r for _, r in ratio) if ratio else None)
+    return about | dict(version=RECORD, curve=curve, distances=apart, test=test, per_clip=per_clip,
+                        cost=step_cost(log), training=thinned(log), ratio=ratio,
+                        ratio_median=median(r for _, r in ratio) if ratio else None)
 
 # %% ../nbs/16d_strategies.ipynb #9e3422fb
 def uncommitted(
@@ -218,7 +222,8 @@ def conditions(
     "All that a run's numbers depend on besides its strategy and seed."
     apart = record.get('distances', {}).get('protocol', {})
     looks = {f'{name} ({split}), {k}': v for split, told in apart.items() for name, about in told.items() for k, v in about.items() if k != 'seeds'}
-    return {'record': record.get('version')} | record['protocol'] | looks | ({'s': f"{record['s']:.3g}"} if 's' in record else {})
+    s = {'s': f"{record['s']:.3g}"} if 's' in record else {}
+    return {'record': record.get('version')} | record['protocol'] | looks | s
 
 def check_alike(
     runs:list[dict],    # Records
@@ -255,7 +260,7 @@ def over_seeds(
     arm:dict[int, dict],    # Seed → record
     base:dict[int, dict],   # What it is compared with
     value:Callable,         # Record → number; None or nan where there is none
-)->dict:                    # mean, seeds, pairs; level; with a shared seed base (its mean over those) and difference; with two or more low and high, too
+)->dict:                    # mean, seeds, pairs; with shared ones base (its mean over those), difference, level; low, high
     "A mean, its paired difference to the base, and the level that may stand beside the base's mean."
     a, b = (finite({s: value(r) for s, r in runs.items()}) for runs in (arm, base))
     shared = sorted(set(a) & set(b))
@@ -305,16 +310,19 @@ def still_sets(
 )->dict[str, float]: # 'set/NAME' → value
     "Distances of copying frame 0, where they are known for this record's protocol."
     apart = record.get('distances', {})
-    if own := apart.get('copy', {}).get(split): return {f'set/{k}': v['value'] for k, v in own.items()}
+    named = lambda told: {f'set/{k}': v['value'] for k, v in told.items()}
+    if own := apart.get('copy', {}).get(split): return named(own)
     kept, asked = (recorded('copy_frame0') or {}).get(split, {}), apart.get('protocol', {}).get(split, {})
     about = lambda protocol: {k: v for k, v in protocol.items() if k != 'seeds'}
-    return {f'set/{k}': kept[k]['value'] for k in asked if k in kept and about(kept[k]['protocol']) == about(asked[k])}
+    alike = lambda k: k in asked and about(kept[k]['protocol']) == about(asked[k])
+    return named({k: v for k, v in kept.items() if alike(k)})
 
 def still_record(
     record:dict,    # Of a run
 )->dict:            # As if its samples were copies of frame 0
     "What a record says of copying frame 0."
-    told = lambda line, split: still_sets(record, split) | {k: line.get(f"copy/{k.rpartition('/')[2]}") for k in MEASURES if not k.startswith('set/')}
+    keys = {k: f"copy/{k.rpartition('/')[2]}" for k in MEASURES if not k.startswith('set/')}
+    told = lambda line, split: still_sets(record, split) | {k: line.get(own) for k, own in keys.items()}
     curve = [{'step': l['step']} | told(l, 'validation') for l in record['curve']]
     return record | dict(strategy='copy', curve=curve, test=told(record['test'], 'test'))
 
@@ -323,7 +331,8 @@ def with_copy(
     base:str='recon only',  # What is compared with
 )->dict:                    # The same, and `COPY`
     "Strategies, and copying frame 0 with the seeds of the base."
-    return by | {COPY: {s: still_record(r) for s, r in by.get(base, next(iter(by.values()))).items()}}
+    beside = by.get(base, next(iter(by.values())))
+    return by | {COPY: {s: still_record(r) for s, r in beside.items()}}
 
 # %% ../nbs/16d_strategies.ipynb #0a054310
 def measured(
@@ -334,7 +343,8 @@ def measured(
     "The measures that every run has as a number; copying frame 0 may lack some."
     runs = [r for name, arm in by.items() if name != COPY for r in arm.values()]
     lines = [l for r in runs for l in (r['curve'] if curve else [r['test']])]
-    there = {k: v for k, v in MEASURES.items() if lines and len(finite({i: l.get(k) for i, l in enumerate(lines)})) == len(lines)}
+    found = {k: finite({i: l.get(k) for i, l in enumerate(lines)}) for k in MEASURES}
+    there = {k: v for k, v in MEASURES.items() if lines and len(found[k]) == len(lines)}
     return {k: v for k, v in there.items() if denoised is None or k.startswith('denoise/') == denoised}
 
 # %% ../nbs/16d_strategies.ipynb #5a09968c
@@ -345,9 +355,12 @@ def strategy_rows(
 )->tuple[list[dict], list[dict]]: # Levels; and differences with intervals, for arms with two seeds or more
     "Table 1: the test split."
     keys, beside = measured(by, denoised=denoised), by.get(base, next(iter(by.values())))
-    told = {name: {k: over_seeds(arm, beside, lambda r: r['test'].get(k)) for k in keys} for name, arm in by.items()}
-    levels = [{'strategy': name, 'seeds': '–' if name == COPY else len(by[name])} | {keys[k][0]: t.get('level') for k, t in row.items()} for name, row in told.items()]
-    return levels, [{'strategy': name} | {keys[k][0]: said(t) for k, t in row.items()} for name, row in told.items() if base in by and any('low' in t for t in row.values())]
+    row = lambda arm: {k: over_seeds(arm, beside, lambda r: r['test'].get(k)) for k in keys}
+    told = {name: row(arm) for name, arm in by.items()}
+    sure = [name for name, row in told.items() if base in by and any('low' in t for t in row.values())]
+    levels = [{'strategy': name, 'seeds': '–' if name == COPY else len(by[name])}
+              | {keys[k][0]: t.get('level') for k, t in row.items()} for name, row in told.items()]
+    return levels, [{'strategy': name} | {keys[k][0]: said(t) for k, t in told[name].items()} for name in sure]
 
 # %% ../nbs/16d_strategies.ipynb #8e35a016
 def fooled(
@@ -371,9 +384,12 @@ def clip_rows(
     base:str='recon only',  # What is compared with
 )->list[dict]:              # Differences with intervals over clips
     "The other strategies, where a seed is shared."
-    single = [(name, *sorted(set(by[name]) & set(by.get(base, {})))) for name in by if name not in (base, COPY, *with_interval(by, base))]
-    keys = [k for k in measured(by) if all(k in by[n][s]['per_clip'] for name, *seeds in single for s in seeds for n in (name, base))]
-    return [{'strategy': name, 'seed': s} | {MEASURES[k][0]: said(over_clips(by[name][s], by[base][s], k)) for k in keys} for name, *seeds in single for s in seeds]
+    others = [name for name in by if name not in (base, COPY, *with_interval(by, base))]
+    single = [(name, s) for name in others for s in sorted(set(by[name]) & set(by.get(base, {})))]
+    known = lambda k: all(k in by[n][s]['per_clip'] for name, s in single for n in (name, base))
+    keys = [k for k in measured(by) if known(k)]
+    told = lambda name, s: {MEASURES[k][0]: said(over_clips(by[name][s], by[base][s], k)) for k in keys}
+    return [{'strategy': name, 'seed': s} | told(name, s) for name, s in single]
 
 def draw_relative(
     ax:plt.Axes,            # Where
@@ -402,8 +418,9 @@ def draw_still(
     "Copying frame 0 among relative differences: a cross, at the edge where it lies beyond."
     told = [over_seeds(by[COPY], by[base], lambda r: r['test'].get(k)) for k in keys]
     low, high = ax.get_xlim()
-    x = [min(max(t['difference']*keys[k][1]/abs(t['base']), low), high) if 'difference' in t else math.nan for k, t in zip(keys, told)]
-    ax.plot(x, [-j - .2 for j in range(len(keys))], 'x', color=COLOURS[COPY], label=f'{COPY} (edge: beyond)', clip_on=False)
+    share = lambda k, t: t['difference']*keys[k][1]/abs(t['base']) if 'difference' in t else math.nan
+    x = torch.tensor([share(k, t) for k, t in zip(keys, told)], dtype=torch.double).clamp(low, high)
+    ax.plot(x.tolist(), [-j - .2 for j in range(len(keys))], 'x', color=COLOURS[COPY], label=f'{COPY} (edge: beyond)', clip_on=False)
     ax.set_xlim(low, high)
 
 # %% ../nbs/16d_strategies.ipynb #5bb4eaf9
@@ -411,9 +428,12 @@ def ratio_was(
     runs:list[dict],    # Records of one strategy
 )->dict:                # median over all, early (first eighth of the steps), late (last half); {} without a flow term
     "The ratio of gradient norms, flow over reconstruction, that was logged while training."
-    told = [(step, r, max(run['protocol'].get('steps', 0), run['ratio'][-1][0])) for run in runs if run.get('ratio') for step, r in run['ratio']]
+    runs = [run for run in runs if run.get('ratio')]
+    ends = [max(run['protocol'].get('steps', 0), run['ratio'][-1][0]) for run in runs]
+    told = [(step/end, r) for run, end in zip(runs, ends) for step, r in run['ratio']]
     own = [run['ratio_median'] for run in runs if run.get('ratio_median') is not None]
-    parts = dict(median=own or [r for _, r, _ in told], early=[r for step, r, end in told if step < end/8], late=[r for step, r, end in told if step >= end/2])
+    early, late = [r for when, r in told if when < 1/8], [r for when, r in told if when >= 1/2]
+    parts = dict(median=own or [r for _, r in told], early=early, late=late)
     return {k: median(v) for k, v in parts.items() if v}
 
 def listed(
@@ -431,21 +451,25 @@ def reservations(
     runs = [(name, s, r) for name, arm in by.items() if name != COPY for s, r in sorted(arm.items())]
     earlier = sorted({EARLIER[r['version']] for *_, r in runs if r.get('version') in EARLIER})
     loose = [(name, s) for name, s, r in runs if r.get('uncommitted')]
-    return earlier + ([f"made in part from a tree with uncommitted changes: seeds {listed(loose)}"] if loose else [])
+    words = f'made in part from a tree with uncommitted changes: seeds {listed(loose)}'
+    return earlier + ([words] if loose else [])
 
 def protocol_words(
     by:dict,            # From `arms` or `with_copy`
     split:str='test',   # Whose distances: 'test' or 'validation'
-)->str:                 # Markdown: a line for the runs, one for their seeds, one for each distance, one for each strategy with something of its own, one for reservations
+)->str:                 # Markdown: lines for the runs, their seeds, each distance, each strategy's own, reservations
     "How the numbers were made: the first run's protocol, and where other strategies differ."
     firsts = {name: next(iter(arm.values())) for name, arm in by.items() if name != COPY}
     first = next(iter(firsts.values()))
     sets = first.get('distances', {}).get('protocol', {}).get(split, {})
-    told = [first['protocol'] | {k: v for k, v in conditions(first).items() if k == 's'}, {'seeds': listed((name, s) for name in firsts for s in sorted(by[name]))}]
-    told += [{'measure': name} | {k: v for k, v in about.items() if k != 'seeds'} | {'stride': about['stride'] or 'episodes resampled'} for name, about in sets.items()]
+    told = [first['protocol'] | {k: v for k, v in conditions(first).items() if k == 's'},
+            {'seeds': listed((name, s) for name in firsts for s in sorted(by[name]))}]
+    told += [{'measure': name} | {k: v for k, v in about.items() if k != 'seeds'}
+             | {'stride': about['stride'] or 'episodes resampled'} for name, about in sets.items()]
     own = {name: {k: v for k, v in conditions(r).items() if k in OWN and v != conditions(first).get(k)} for name, r in firsts.items()}
     was = {name: ratio_was(list(by[name].values())) for name in firsts}
-    told += [{'strategy': name} | own[name] | ({'gradient ratio that was': was[name]} if was[name] else {}) for name in firsts if own[name] or was[name]]
+    logged = {name: {'gradient ratio that was': v} if v else {} for name, v in was.items()}
+    told += [{'strategy': name} | own[name] | logged[name] for name in firsts if own[name] or was[name]]
     return '\n\n'.join([*map(in_words, told), *(f'*{words}*' for words in reservations(by))])
 
 # %% ../nbs/16d_strategies.ipynb #8f0d5103
@@ -479,11 +503,13 @@ def rows_at(
     base:str='recon only',  # Beside which levels stand
 )->list[dict]:              # Levels over seeds
     "What a validation measured, strategy by strategy."
-    keys, there = measured(by, curve=True, denoised=False), {name: arm for name, arm in by.items() if step in at_steps(arm)}
+    keys = measured(by, curve=True, denoised=False)
+    there = {name: arm for name, arm in by.items() if step in at_steps(arm)}
     if not there: raise ValueError(f'no validation at step {step}: there are some at {sorted({s for arm in by.values() for s in at_steps(arm)})}')
     beside = there.get(base, next(iter(there.values())))
     level = lambda arm, k: over_seeds(arm, beside, lambda r: at_step(r, step, k)).get('level')
-    return [{'strategy': name, 'seeds': '–' if name == COPY else len(arm)} | {keys[k][0]: level(arm, k) for k in keys} for name, arm in there.items()]
+    return [{'strategy': name, 'seeds': '–' if name == COPY else len(arm)}
+            | {keys[k][0]: level(arm, k) for k in keys} for name, arm in there.items()]
 
 # %% ../nbs/16d_strategies.ipynb #2a2582d0
 def draw_curves(
@@ -498,10 +524,13 @@ def draw_curves(
     for name, arm in by.items():
         steps, style = at_steps(arm, beside), dict(color=COLOURS.get(name))
         x = [s*pace(next(iter(arm.values()))) for s in steps]
-        lines = [[at_step(r, s, key) for s in steps] for r in arm.values()] if len(arm) > 1 and name != COPY else []
-        for y in lines: ax.plot(x, y, lw=.5, alpha=.35, **style)
+        many, still = len(arm) > 1, name == COPY
+        if many and not still:
+            for r in arm.values(): ax.plot(x, [at_step(r, s, key) for s in steps], lw=.5, alpha=.35, **style)
+        dash = '-' if many else ':'
+        if still: dash = '--'
         level = [over_seeds(arm, beside, lambda r: at_step(r, s, key)).get('level', math.nan) for s in steps]
-        ax.plot(x, level, lw=1.5, ls='--' if name == COPY else '-' if len(arm) > 1 else ':', label=name, **style)
+        ax.plot(x, level, lw=1.5, ls=dash, label=name, **style)
     ax.set_title(MEASURES.get(key, (key,))[0], fontsize=9)
     return ax
 
@@ -534,8 +563,8 @@ def crossed(
 )->float|None:              # None: it was not there
     "The last step at which a curve had a value, straight lines between the validations."
     pairs = list(zip(steps, values, steps[1:], values[1:]))
-    there = [a + (b - a)*(wanted - p)/(q - p) for a, p, b, q in pairs if p != q and min(p, q) <= wanted <= max(p, q)]
-    return max(there, default=None)
+    there = [(a, p, b, q) for a, p, b, q in pairs if p != q and min(p, q) <= wanted <= max(p, q)]
+    return max((a + (b - a)*(wanted - p)/(q - p) for a, p, b, q in there), default=None)
 
 def stands_at(
     arm:dict[int, dict],    # Seed → record
@@ -546,7 +575,8 @@ def stands_at(
     shared, steps = sorted(set(arm) & set(base)), at_steps(arm, base)
     ends = [at_step(arm[s], steps[-1], key) for s in shared]
     curves = [[at_step(base[s], t, key) for t in steps] for s in shared]
-    return dict(step=crossed(steps, [mean(v) for v in zip(*curves)], mean(ends)), seeds=[crossed(steps, c, e) for c, e in zip(curves, ends)])
+    seeds = [crossed(steps, c, e) for c, e in zip(curves, ends)]
+    return dict(step=crossed(steps, [mean(v) for v in zip(*curves)], mean(ends)), seeds=seeds)
 
 def stands_words(
     told:dict,      # From `stands_at`
@@ -565,7 +595,8 @@ def shows(
     base:str='recon only', # What is compared with
 )->dict:                # better, worse, of: numbers of validations
     "At how many validations an interval excludes 0, and on which side."
-    told = [over_seeds(by[name], by[base], lambda r: at_step(r, s, key)) for s in at_steps(by[name], by[base])]
+    steps = at_steps(by[name], by[base])
+    told = [over_seeds(by[name], by[base], lambda r: at_step(r, s, key)) for s in steps]
     found = [verdict(t, MEASURES[key][1]) for t in told]
     return dict(better=found.count('better'), worse=found.count('worse'), of=len(found))
 
@@ -589,7 +620,8 @@ def course_rows(
     for key, (what, better) in measured(by, curve=True).items():
         soon, last = (over_seeds(by[name], by[base], over_steps(where, key)) for where in (half, steps[-1:]))
         found, there = shows(by, name, key, base), stands_at(by[name], by[base], key)
-        rows.append({'strategy': name, 'measure': what, 'mean of the first half': judged(soon, better), f'step {steps[-1]}': judged(last, better),
+        rows.append({'strategy': name, 'measure': what, 'mean of the first half': judged(soon, better),
+                     f'step {steps[-1]}': judged(last, better),
                      f"better, worse at validations (of {found['of']})": f"{found['better']}, {found['worse']}",
                      'its end: base was there at step (by seed)': stands_words(there, last['difference']*better > 0)})
     return rows
