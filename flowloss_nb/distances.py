@@ -6,7 +6,8 @@
 __all__ = ['INCEPTION', 'ALEXNET', 'TooFew', 'check_features', 'frechet_distance', 'clip_kernel', 'jackknife_variance',
            'kernel_distance', 'file_hash', 'lite0_file', 'lite0', 'look', 'frame_looks', 'time_as_colour', 'clip_looks',
            'empty_inception', 'inception_looks', 'load_lpips', 'lpips', 'Measure', 'lite0_measures', 'frechet_value',
-           'fid_measure', 'fvd_measure', 'lpips_measure', 'set_features', 'check_sets', 'set_measures']
+           'fid_measure', 'fvd_measure', 'lpips_measure', 'set_features', 'check_sets', 'set_measures',
+           'copy_distances']
 
 # %% ../nbs/15a_distances.ipynb #4d230fbd
 import hashlib, io, warnings
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from .clips import check_video, resize_video, to_uint8
 from .i3d import I3D_FVD, I3D_SCRIPT, i3d_looks, load_i3d, load_script, script_looks
-from .metrics import as_shown
+from .metrics import as_shown, check_units, copy_first, on_screen, wide
 from .scale import run_device
 from .official import Official, check_hash, find_official, fit_state, read_tensors
 
@@ -122,7 +123,8 @@ def look(
 )->Tensor:                             # `(N,1280)`
     "Features of pictures."
     device = next(net.parameters()).device
-    return torch.cat([net.forward_features(resize_video(p.to(device), size)).mean((2, 3)) for p in pictures.split(batch)])
+    parts = (resize_video(p.to(device).float(), size) for p in pictures.split(batch))
+    return torch.cat([net.forward_features(p).mean((2, 3)) for p in parts])
 
 # %% ../nbs/15a_distances.ipynb #d1e39c71
 def frame_looks(
@@ -140,7 +142,7 @@ def time_as_colour(
 )->Tensor:         # `(B,looks,3,H,W)`: frames t-1, t, t+1 in grey as red, green, blue
     "Pictures in which what moves has colour."
     if video.shape[1] < 3: raise ValueError(f"time as colour takes clips of at least 3 frames, got {video.shape[1]}")
-    grey, t = video.mean(2), torch.linspace(1, video.shape[1] - 2, looks).round().long()
+    grey, t = wide(video).mean(2), torch.linspace(1, video.shape[1] - 2, looks).round().long()
     return torch.stack([grey[:, t - 1], grey[:, t], grey[:, t + 1]], 2)
 
 def clip_looks(
@@ -196,8 +198,9 @@ def lpips(
     batch:int=64,   # Frames at a time
 )->Tensor:          # `(B,)`, at least 0
     "Perceptual distance over frames 1..T-1."
-    device, pairs = next(net.parameters()).device, [v.flatten(0, 1).split(batch) for v in as_shown(y_hat, y)]
-    return torch.cat([net(a.to(device), b.to(device)).flatten() for a, b in zip(*pairs)]).view(len(y), -1).mean(1)
+    like = next(net.parameters())
+    pairs = zip(*(v.flatten(0, 1).split(batch) for v in as_shown(y_hat, y)))
+    return torch.cat([net(a.to(like), b.to(like)).flatten() for a, b in pairs]).view(len(y), -1).mean(1)
 
 # %% ../nbs/15a_distances.ipynb #dc92c401
 class Measure(NamedTuple):
@@ -275,9 +278,10 @@ def set_features(
         check_video(video)
         sets.append((len(video), video.shape[1], list(video.shape[-2:]), video.min().item(), video.max().item()))
         if sets[-1][1:3] != sets[0][1:3]: raise ValueError(f"clips of {sets[0][1:3]} and {sets[-1][1:3]} (frames, size) in one set: resample or resize them")
-        for name, m in measures.items(): seen[name].append(m.looks(video.float().clamp(-1, 1)).cpu())
+        for name, m in measures.items(): seen[name].append(m.looks(on_screen(video).float()).cpu())
     if not sets: raise ValueError("a set without clips has no features")
     n, frames, size, low, high = zip(*sets)
+    check_units((min(low), max(high)))
     return {name: torch.cat(x) for name, x in seen.items()} | dict(set=dict(clips=sum(n), frames=frames[0], size=size[0], low=min(low), high=max(high)))
 
 # %% ../nbs/15a_distances.ipynb #83b56d06
@@ -289,8 +293,7 @@ def check_sets(
     a, b = generated['set'], true['set']
     for what in ('frames', 'size'):
         if a[what] != b[what]: raise ValueError(f"generated and true clips differ in {what}: {a[what]} and {b[what]}")
-    if max(a['low'], b['low']) > -0.02 and min(a['low'], b['low']) < -0.2:
-        raise ValueError(f"generated pixels lie in [{a['low']:.2g}, {a['high']:.2g}], true ones in [{b['low']:.2g}, {b['high']:.2g}]: bring both to [-1, 1]")
+    check_units((b['low'], b['high']), (a['low'], a['high']))
 
 # %% ../nbs/15a_distances.ipynb #f600e660
 def set_measures(
@@ -306,3 +309,18 @@ def set_measures(
     check_sets(a, b)
     common = dict(split=split, seeds=list(seeds), clips=[a['set']['clips'], b['set']['clips']], frames=a['set']['frames'], size=a['set']['size'], stride=stride)
     return {name: m.distance(a[name], b[name]) | dict(protocol=common | m.about) for name, m in measures.items()}
+
+# %% ../nbs/15a_distances.ipynb #a7c01e52
+def copy_distances(
+    true:dict[str, Tensor],       # Split → true clips `(N,T,3,H,W)`
+    measures:dict[str, Measure],  # Such as `lite0_measures(lite0())`
+)->dict[str, dict]:               # Split → name → value, se, protocol; or value None, why
+    "How far the motionless clips are, whose frames all equal the true frame 0."
+    out = {}
+    for split, video in true.items():
+        known, out[split] = set_features(video.split(16), measures), {}
+        frozen = set_features([copy_first({'video': v}) for v in video.split(16)], measures)
+        for name, m in measures.items():
+            try: out[split] |= set_measures(frozen, known, {name: m}, split, [])
+            except TooFew as e: out[split][name] = dict(value=None, why=str(e))
+    return out

@@ -107,7 +107,7 @@ def flow_table(
     "Mean errors of `estimator` over all clips, by kind of pixel."
     total, draw = {}, torch.Generator().manual_seed(seed)
     for b in batches:
-        with torch.no_grad(): flow, visible = estimator(b['video'] + sigma*torch.randn(b['video'].shape, generator=draw))
+        with torch.no_grad(): flow, visible = estimator(b['video'] + sigma*torch.randn(b['video'].shape, generator=draw).to(b['video']))
         for k, v in flow_sums(flow, visible, b['flow'], b['visible']).items(): total[k] = total.get(k, 0) + v.double()
     return {k: float(v[0]/v[1].clamp(min=1)) for k, v in total.items()}
 
@@ -192,9 +192,10 @@ def refuse_some(
 def batches(
     clips:ClipSet,          # Which clips
     size:int=10,            # Clips a batch
+    device:str='cpu',       # Where they shall live
 )->list[dict]:              # All clips, in order
     "Cut a set of clips into batches."
-    return [take(clips, range(i, min(i + size, len(clips)))) for i in range(0, len(clips), size)]
+    return [take(clips, range(i, min(i + size, len(clips))), device) for i in range(0, len(clips), size)]
 
 # %% ../nbs/09_estimators.ipynb #48e663fc
 def draw_estimators(
@@ -207,11 +208,11 @@ def draw_estimators(
     views, B = {'exact': exact_flow(batch)} | estimators, len(batch['video'])
     fig, axes = plt.subplots(2*B, 1 + len(views), figsize=(1.5*(1 + len(views)), 2.1*B), dpi=70, squeeze=False)
     for ax in axes.flat: ax.axis('off')
-    for (first, last), y in zip(axes[:, 0].reshape(B, 2), batch['video'].clamp(-1, 1)/2 + .5): first.imshow(y[0].movedim(0, -1)); last.imshow(y[target].movedim(0, -1))
+    for (first, last), y in zip(axes[:, 0].reshape(B, 2), batch['video'].cpu().clamp(-1, 1)/2 + .5): first.imshow(y[0].movedim(0, -1)); last.imshow(y[target].movedim(0, -1))
     for column, (name, estimator) in zip(axes[:, 1:].T, views.items()):
-        with torch.no_grad(): flow, visible = estimator(batch['video'], torch.tensor([target]))
+        with torch.no_grad(): flow, visible = (seen.cpu() for seen in estimator(batch['video'], torch.tensor([target])))
         column[0].set_title(name, fontsize=9)
-        for up, down, f, v, y in zip(column[::2], column[1::2], flow[:, 0], visible[:, 0], batch['flow'][:, target - 1]):
+        for up, down, f, v, y in zip(column[::2], column[1::2], flow[:, 0], visible[:, 0], batch['flow'][:, target - 1].cpu()):
             up.imshow(flow_to_rgb(f, float(y.norm(dim=0).max())).movedim(0, -1)); down.imshow(v, cmap='gray', vmin=0, vmax=1)
     axes[0, 0].set_title(f'frames 0, {target}', fontsize=9); fig.tight_layout(pad=.3)
     return fig
@@ -278,9 +279,10 @@ def estimated_truth(
     anchored:bool=False,    # Keep the tracks of y as well, so that F(ŷ) starts from them (DOT)
 )->Callable:                # i → (flow, visible) or (flow, visible, tracks), to replace the set's exact truth
     "F(y) of every clip, from the cache or computed and kept there."
+    where = next(estimator.parameters(), torch.empty(0)).device
     def all_clips():
-        seen = [true_flow(estimator, b['video'], anchored) for b in batches(clips)]
-        return {k: torch.cat([s[k] for s in seen]) for k in seen[0]}
+        seen = [true_flow(estimator, b['video'], anchored) for b in batches(clips, device=where)]
+        return {k: torch.cat([s[k].cpu() for s in seen]) for k in seen[0]}
     key = fingerprint(estimator, clips) + '-anchored'*anchored
     kept = keep(Path(folder)/f'flow-{key}.safetensors', key, all_clips)
     return lambda i: (kept['flow'][i].float(), *(kept[k][i] for k in ('visible', 'tracks') if k in kept))

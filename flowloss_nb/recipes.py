@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'choose_estimator', 'Stage', 'with_flow', 'embedded_stage', 'stage_denoiser', 'shipped_weights',
-           'results', 'recorded', 'choose_objective', 'calibrate', 'judge_clips', 'interleave']
+           'results', 'recorded', 'choose_objective', 'warmed', 'calibrate', 'judge_clips', 'interleave']
 
 # %% ../nbs/16b_recipes.ipynb #c003
-import json
+import copy, json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -26,6 +26,7 @@ from .losses import (averaged, flow_objective, hard_gate, large_gate, motion_wei
     recon_objective, soft_gate, warp_objective)
 from .metaworld import load_clips
 from .metrics import clip_measures, copy_first
+from .scale import run_device
 from .step import TrainParams, gradient_norms, step_losses, stream
 from .trainer import Job, begin, load_weights, make_accelerator, train_step
 from .validation import denoise_clips, keep_clips, sample_clips
@@ -51,7 +52,10 @@ class Stage:
     test:Dataset        # With exact flow
     codec:nn.Module     # Fitted on `train`
     estimator:nn.Module # F, in the loss
-    judge:nn.Module     # F′, never in a loss
+    judge:nn.Module|None # F′, never in a loss; None: nobody knows the true motion
+    device:torch.device = field(default_factory=run_device) # Where the three are
+    def __post_init__(self):
+        for net in (self.codec, self.estimator, self.judge): net is None or net.to(self.device)
 
 # %% ../nbs/16b_recipes.ipynb #c007
 def with_flow(
@@ -72,15 +76,17 @@ def embedded_stage(
     flow:str|None='estimated', # Training clips carry F(y); 'exact': the true flow; None: none, for objectives that need none
     estimator:nn.Module|None=None, # F; None: the small one that ships
     anchored:bool=False,    # F is DOT, and finds F(ŷ) from the tracks of y
+    device:torch.device|None=None, # Where its modules shall be; None: this process's GPU if there is one
 )->Stage:
     "Load clips, fit the codec (on all of them: a shipped denoiser knows no other), compute F(y) once."
-    train, estimator = load_clips('train', preset), estimator or small_estimator()
+    train, device = load_clips('train', preset), torch.device(device) if device else run_device()
+    estimator = (estimator or small_estimator()).to(device)
     chosen = train if clips is None else train.select(spread(len(train), clips))
     codec = fit_linear(take(train, spread(len(train), 100))['video'], channels=channels)
     if flow not in ('estimated', 'exact', None): raise ValueError(f"flow must be 'estimated', 'exact' or None, got {flow!r}")
     seen = chosen if flow == 'exact' else (with_flow(chosen, estimator, cache, anchored) if flow else ClipSet(chosen.frames, chosen.prompts, chosen.ids))
     return Stage(seen, load_clips('validation', preset), load_clips('test', preset),
-                 codec, estimator, small_estimator('judge'))
+                 codec, estimator, small_estimator('judge'), device)
 
 # %% ../nbs/16b_recipes.ipynb #c009
 def stage_denoiser(
@@ -90,11 +96,11 @@ def stage_denoiser(
     seed:int=0,                             # Of the initial weights
     init:Path|None=None,                    # Weights to start from, a safetensors file
 )->Denoiser:
-    "The small denoiser for this stage."
+    "The small denoiser for this stage, where the stage is."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         text = WordEncoder(build_vocabulary(load_clips('train', 'fixed').prompts + load_clips('train').prompts))
-    net = small_denoiser(text, len(stage.codec.E), len(stage.codec.E0), widths, attends, seed=seed)
+    net = small_denoiser(text, len(stage.codec.E), len(stage.codec.E0), widths, attends, seed=seed).to(stage.device)
     return load_weights(net, init) if init else net
 
 # %% ../nbs/16b_recipes.ipynb #c010
@@ -148,28 +154,47 @@ def choose_objective(
     return partial(flow_objective, codec=stage.codec, estimator=stage.estimator, gate=gates[name], K=K, floor=floor,
                    s=s*paper_scale(stage.test[0]['video'].shape[-2:]), **mix)
 
+# %% ../nbs/16b_recipes.ipynb #39a1bf73
+def warmed(
+    denoiser:Denoiser,  # Stays as it is
+    stage:Stage,        # Clips and codec
+    params:TrainParams, # As the run's: order, noise, learning rate
+    steps:int,          # Of reconstruction alone; 0: none
+)->Denoiser:            # A copy with other weights; for 0 steps the denoiser itself
+    "The denoiser as reconstruction alone would have it after some steps."
+    if not steps: return denoiser
+    p = replace(params, ema=0., ratio_every=0, progress=False)
+    accelerator = make_accelerator(p)
+    with torch.random.fork_rng():
+        state = begin(p, Path('/nonexistent'), copy.deepcopy(denoiser), accelerator)
+        job = Job(p, accelerator, stage.codec, recon_objective, stage.train)
+        for _ in range(steps): train_step(state, job)
+    return state.core()
+
 # %% ../nbs/16b_recipes.ipynb #c021
 def calibrate(
     ratio:float,        # Wanted ‖∇flow‖ / ‖∇recon‖, median over draws with an open gate
-    denoiser:Denoiser,  # At the weights where training starts
+    denoiser:Denoiser,  # At the weights where training starts; stays as it is
     stage:Stage,        # Clips and codec
-    params:TrainParams, # Batch size, prior, seed: as the run's
+    params:TrainParams, # Batch size, prior, seed, learning rate: as the run's
     draws:int=12,       # Batches with an open gate
     name:str='flow',    # One of `OBJECTIVES` with a flow term
+    after:int=200,      # Steps of reconstruction alone before the ratio is measured
     **objective,        # Further arguments of `choose_objective`
-)->dict[str, float]:    # 's' and the median 'ratio' found at s = 1
+)->dict[str, float]:    # 's', the median 'ratio' found at s = 1, and 'after'
     "The s at which the flow gradient is `ratio` times the reconstruction gradient."
     if not ratio > 0: raise ValueError(f'ratio must be > 0, got {ratio}; for none use the objective recon')
-    one, weights, found, step = choose_objective(name, stage, s=1., **objective), list(denoiser.parameters()), [], 0
-    places = range(params.batch_size)
+    one, found, step = choose_objective(name, stage, s=1., **objective), [], 0
+    net, places = warmed(denoiser, stage, params, after), range(params.batch_size)
+    weights = list(net.parameters())
     while len(found) < draws and step < 20*draws:
         step += 1
         order = torch.randint(len(stage.train), (len(places),), generator=stream(params.seed, step, 'calibrate'))
-        batch = take(stage.train, order.tolist())
-        losses, _ = step_losses(denoiser, stage.codec, one, batch, params, step, places)
+        batch = take(stage.train, order.tolist(), stage.device)
+        losses, _ = step_losses(net, stage.codec, one, batch, params, step, places)
         if 'flow_term' in losses: found.append(gradient_norms(losses, weights)['ratio'])
     if not found: raise ValueError(f'{name} had no flow term in {step} batches: is its gate ever open? Raise psi, or set s itself')
-    return {'s': ratio / median(found), 'ratio': median(found)}
+    return {'s': ratio / median(found), 'ratio': median(found), 'after': after}
 
 # %% ../nbs/16b_recipes.ipynb #c025
 @torch.no_grad()

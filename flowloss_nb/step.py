@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['FREE', 'TrainParams', 'check_params', 'stream', 'places', 'draw_sigma', 'draw_noise', 'draw_drop', 'learning_rate',
-           'ema_decay', 'widen', 'update_ema', 'step_losses', 'gradient_norms', 'scalars', 'merge_scalars']
+           'ema_decay', 'widen', 'update_ema', 'objective_stream', 'step_losses', 'gradient_norms', 'scalars',
+           'merge_scalars']
 
 # %% ../nbs/13c_step.ipynb #c003
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from hashlib import blake2b
 import torch
 from torch import Generator, Tensor, nn
 from .edm import expand, sample_sigma, wide
+from .values import fit
 
 # %% ../nbs/13c_step.ipynb #c006
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class TrainParams:
     P_mean:float = 0.5         # Mean of ln σ
     P_std:float = 1.4          # Standard deviation of ln σ
     drop:float = 0.1           # Share of clips for each of three droppings: tokens, tokens and frame 0, frame 0
-    seed:int = 0               # Seed of data order, σ, noise, dropping and target frames
+    seed:int = 0               # Seed ≥ 0 of data order, σ, noise, dropping and target frames
     mixed_precision:str = 'no' # 'no', 'bf16' or, on a GPU, 'fp16'
     fsdp:bool = False          # Shard weights, gradients and moments over the processes
     adam8:bool = False         # Moments in eight bits (bitsandbytes, GPU)
@@ -44,12 +46,16 @@ class TrainParams:
     validate_every:int = 200   # Steps between validations; the last step always has one; 0: never
     checkpoint_every:int = 200 # Steps between checkpoints; the last step always has one
     keep:int = 2               # Checkpoints kept, the newest
+    patience:float = 240.      # Minutes that processes wait for one another, as for a validation, before they give up
     tensorboard:bool = True    # Write TensorBoard files beside the log
     progress:bool = True       # Show a progress bar
 
+    def __post_init__(self):
+        for f in fields(self): object.__setattr__(self, f.name, fit(f'TrainParams: {f.name}', getattr(self, f.name), f.type.__name__, repr(f.default)))
+
 # %% ../nbs/13c_step.ipynb #c008
-FREE = ('steps', 'cpu', 'fsdp', 'max_skips', 'log_every', 'ratio_every', 'validate_every', 'checkpoint_every', 'keep',
-        'tensorboard', 'progress')
+FREE = ('steps', 'accumulate', 'patience', 'cpu', 'fsdp', 'max_skips', 'log_every', 'ratio_every', 'validate_every', 'checkpoint_every',
+        'keep', 'tensorboard', 'progress')
 
 # %% ../nbs/13c_step.ipynb #c010
 def check_params(
@@ -61,11 +67,15 @@ def check_params(
         if not good: raise ValueError(f'TrainParams: {what}')
     for name in ('steps', 'batch_size', 'accumulate', 'max_skips', 'log_every', 'checkpoint_every', 'keep'):
         need(getattr(p, name) >= 1, f'{name} is {getattr(p, name)}, must be at least 1')
-    for name in ('warmup', 'cosine_steps', 'weight_decay', 'ratio_every', 'validate_every'):
+    for name in ('warmup', 'cosine_steps', 'weight_decay', 'P_std', 'seed', 'ratio_every', 'validate_every'):
         need(getattr(p, name) >= 0, f'{name} is {getattr(p, name)}, must not be negative')
+    for name in ('lr', 'weight_decay', 'P_mean', 'P_std', 'patience'):
+        need(math.isfinite(getattr(p, name)), f'{name} is {getattr(p, name)}, must be finite')
+    for name in ('beta1', 'beta2', 'ema'):
+        need(0 <= getattr(p, name) < 1, f'{name} is {getattr(p, name)}, must be in [0, 1)')
+    need(p.patience > 0, f'patience is {p.patience}, must be positive: minutes')
     need(p.lr > 0, f'lr is {p.lr}, must be positive')
     need(p.clip_norm > 0, f'clip_norm is {p.clip_norm}, must be positive; inf never clips')
-    need(0 <= p.ema < 1, f'ema is {p.ema}, must be in [0, 1)')
     need(0 <= 3*p.drop <= 1, f'drop is {p.drop}, must be in [0, 1/3]: it is the share of each of three droppings')
     need(p.mixed_precision in ('no', 'bf16', 'fp16'), f"mixed_precision is {p.mixed_precision!r}, must be 'no', 'bf16' or 'fp16'")
     need(not (p.mixed_precision == 'fp16' and (p.fsdp or p.cpu)), 'fp16 scales its loss, which works on a GPU and without fsdp: take bf16')
@@ -162,6 +172,18 @@ def update_ema(
     for a, b in zip(widen(ema).parameters(), model.parameters(), strict=True): a.lerp_(b.to(a), 1 - decay)
     for a, b in zip(ema.buffers(), model.buffers(), strict=True): a.copy_(b)
 
+# %% ../nbs/13c_step.ipynb #d5059505
+def objective_stream(
+    p:TrainParams, # Seed
+    step:int,      # Number of the step
+    where:range,   # Places in the global batch
+    T:int,         # Frames of a clip
+)->Generator:      # On the CPU
+    "What an objective draws from, behind T−1 numbers for each clip before these."
+    generator = stream(p.seed, step, 'objective')
+    torch.rand(where[0], T - 1, generator=generator)
+    return generator
+
 # %% ../nbs/13c_step.ipynb #c038
 def step_losses(
     denoiser:nn.Module,  # As prepared for training: x, σ, cond → ẑ
@@ -180,7 +202,7 @@ def step_losses(
     sigma, noise = (d.to(wide(z)) for d in (draw_sigma(p, step, where), draw_noise(p, step, where, z.shape[1:])))
     cond = core.condition(batch['prompt'], video[:, 0], first, draw_drop(p, step, where).to(z.device))
     z_hat = denoiser((z + expand(sigma, z)*noise).to(z), sigma, cond)
-    return objective(z_hat, z, batch, sigma, stream(p.seed, step, 'objective', where[0])), sigma
+    return objective(z_hat, z, batch, sigma, objective_stream(p, step, where, z.shape[1])), sigma
 
 # %% ../nbs/13c_step.ipynb #c044
 def gradient_norms(
@@ -207,7 +229,10 @@ def scalars(
 def merge_scalars(
     parts:list[dict], # One dict of numbers per piece
 )->dict:              # One dict of numbers
-    "Average floats over the pieces, add whole numbers."
-    names = dict.fromkeys(k for part in parts for k in part)
-    total = {k: sum(part.get(k, 0) for part in parts) for k in names}
-    return {k: v if isinstance(v, int) else v / len(parts) for k, v in total.items()}
+    "Average floats over the pieces that have them, `flow_error` over open clips; add whole numbers."
+    def merged(k):
+        known = [p for p in parts if k in p]
+        if isinstance(known[0][k], int): return sum(p[k] for p in known)
+        weights = [p.get('open', 1.) if k == 'flow_error' else 1. for p in known]
+        return sum(w*p[k] for w, p in zip(weights, known)) / sum(weights)
+    return {k: merged(k) for k in dict.fromkeys(k for part in parts for k in part)}

@@ -4,21 +4,24 @@
 
 # %% auto #0
 __all__ = ['TrainState', 'load_weights', 'save_state', 'restore_state', 'begin', 'Job', 'without_stale', 'load_batch',
-           'backward_piece', 'train_step', 'count_step', 'own_run', 'open_log', 'validation_line', 'too_many_skips',
-           'due', 'make_accelerator', 'progress_bar', 'train', 'load_ema', 'step_cost']
+           'backward_piece', 'train_step', 'count_step', 'free_names', 'own_run', 'open_log', 'validation_line',
+           'too_many_skips', 'due', 'check_environment', 'make_accelerator', 'progress_bar', 'train', 'load_ema',
+           'step_cost']
 
 # %% ../nbs/14_trainer.ipynb #c003
-import copy, math, sys, time
+import copy, math, os, sys, time, warnings
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from statistics import median
 from types import ModuleType
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
+from accelerate.utils import TorchDynamoPlugin, gather_object
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset
@@ -26,7 +29,8 @@ from tqdm.auto import tqdm
 from .clips import batch_indices, check_batch, take
 from .records import append_log, cut_log, keep_params, list_checkpoints, lock_run, read_log
 from .records import latest_checkpoint, load_checkpoint, save_checkpoint
-from .scale import Stopped, end_asked, make_adam, restore_scaler, scaler_state, set_state, shard, sliced, whole
+from .scale import Stopped, end_asked, make_adam, place_modules, restore_scaler, run_device
+from .scale import scaler_state, set_state, shard, sliced, whole
 from .step import FREE, TrainParams, check_params, draw_sigma, ema_decay, gradient_norms
 from .step import learning_rate, merge_scalars, places, scalars, step_losses, stream, update_ema, widen
 
@@ -136,6 +140,7 @@ class Job:
     clips:Dataset            # Clips to train on
     augment:Callable|None=None # batch, generators (one per clip) → batch
     losses:Callable=step_losses # What one piece of a step is; another kind of model brings its own
+    def __post_init__(self): place_modules(self.accelerator.device, self.codec, self.objective, self.augment, self.losses)
     def places(self):
         "What this process works on."
         return places(self.params, self.accelerator.process_index, self.accelerator.num_processes)
@@ -175,7 +180,7 @@ def backward_piece(
     with nullcontext() if last else accelerator.no_sync(state.denoiser):
         batch = load_batch(job, step, where)
         losses, sigma = job.losses(state.denoiser, job.codec, job.objective, batch, p, step, where)
-        start, curious = time.perf_counter(), p.ratio_every and step % p.ratio_every == 0
+        start, curious = time.perf_counter(), p.ratio_every and step % p.ratio_every == 0 and not p.fsdp
         if curious and 'flow_term' in losses: norms = gradient_norms(losses, list(state.trained().values()))
         aside = time.perf_counter() - start
         accelerator.backward(losses['loss'] / pieces)
@@ -217,16 +222,24 @@ def count_step(
     else: state.skipped, state.in_a_row = state.skipped + 1, state.in_a_row + 1
 
 # %% ../nbs/14_trainer.ipynb #c042
+def free_names(
+    denoiser:nn.Module, # What is trained
+)->tuple:               # Of `TrainParams`
+    "Parameters that may change when this model's training goes on."
+    drops = any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p for m in denoiser.modules())
+    return tuple(name for name in FREE if not (drops and name == 'accumulate'))
+
 @contextmanager
 def own_run(
     job:Job,      # Parameters, processes
     run_dir:Path, # The run's folder
     about:dict,   # Other plain values that make the run what it is
+    free:tuple=FREE, # Names of parameters that may change when it goes on
 ):
     "Hold the run's folder while training, and its parameters for good."
     with lock_run(run_dir) if job.accelerator.is_main_process else nullcontext():
         if job.accelerator.is_main_process:
-            keep_params(run_dir, 'train', asdict(job.params), FREE); keep_params(run_dir, 'about', about)
+            keep_params(run_dir, 'train', asdict(job.params), free); keep_params(run_dir, 'about', about)
         job.accelerator.wait_for_everyone()
         yield
 
@@ -281,13 +294,37 @@ def due(
     "Is it time?"
     return bool(every) and (step % every == 0 or step == steps)
 
+# %% ../nbs/14_trainer.ipynb #5f89ccef
+def check_environment(
+    p:TrainParams, # What the run shall be
+):
+    "Refuse an environment that makes another run of it; warn of what in it is not heeded."
+    told = {k: v.lower() for k, v in os.environ.items() if k.startswith('ACCELERATE_')}
+    set_ = [k for k in told if told[k] not in ('', '0', 'no', 'n', 'f', 'false', 'off', 'none')]
+    engines = ('DEEPSPEED', 'FSDP', 'MEGATRON_LM', 'PARALLELISM_CONFIG', 'SAGEMAKER')
+    bad = [k for k in set_ if k.removeprefix('ACCELERATE_USE_') in engines]
+    if run_device(p.cpu).type != 'cpu': bad += {'ACCELERATE_USE_CPU'} & {*set_}
+    bad += [k for k in {'ACCELERATE_TORCH_DEVICE'} & {*set_} if told[k].split(':')[0] != run_device(p.cpu).type]
+    if bad: raise ValueError(f"the environment sets {', '.join(f'{k}={told[k]}' for k in bad)}, which would make another "
+        'run of this one: unset it; TrainParams says what a run is (fsdp=True shards, cpu=True stays on the CPU)')
+    heeded = dict(MIXED_PRECISION=(p.mixed_precision,), GRADIENT_ACCUMULATION_STEPS=('1', str(p.accumulate)), DYNAMO_BACKEND=())
+    for name, same in heeded.items():
+        k = f'ACCELERATE_{name}'
+        if k in set_ and told[k] not in same: warnings.warn(f'{k}={told[k]} is not heeded: TrainParams says what a run is')
+
 # %% ../nbs/14_trainer.ipynb #c057
 def make_accelerator(
-    p:TrainParams, # `cpu`, `mixed_precision`
+    p:TrainParams, # `cpu`, `mixed_precision`, `patience`
 )->Accelerator:    # Knows the device and the other processes
     "Where training runs; refuses parameters that don't fit it."
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True) # a dropped condition's layers get no gradient
-    accelerator = Accelerator(cpu=p.cpu, mixed_precision=p.mixed_precision, kwargs_handlers=[unused])
+    check_environment(p)
+    device = run_device(p.cpu)
+    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True), # a dropped condition's layers get no gradient
+                InitProcessGroupKwargs(timeout=timedelta(minutes=p.patience))]
+    accelerator = Accelerator(cpu=device.type == 'cpu', mixed_precision=p.mixed_precision, kwargs_handlers=handlers,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1), dynamo_plugin=TorchDynamoPlugin(backend='no'))
+    if accelerator.device.type != device.type: raise ValueError(f'this process has trained on {accelerator.device} before, '
+        f'and keeps to it; this run wants {device}: start it in a process of its own (restart the kernel)')
     check_params(p, accelerator.num_processes)
     return accelerator
 
@@ -307,7 +344,7 @@ def train(
     run_dir:Path,         # Its folder; if a part of the run is there, it goes on from the newest checkpoint
     denoiser:nn.Module,   # Trained in place
     codec:nn.Module|None, # Frozen: pixels ↔ latents
-    objective:Callable,   # ẑ, z, batch, σ, generator → named losses; has its own modules on the device
+    objective:Callable,   # ẑ, z, batch, σ, generator → named losses; a partial's modules are brought to the device
     clips:Dataset,        # Clips to train on
     validate:Callable|None=None, # averaged denoiser, step → dict of numbers for the log
     init:dict|Path|None=None, # Weights to start from: state dict or safetensors file
@@ -317,9 +354,10 @@ def train(
 )->TrainState:            # The trained state
     "Train `denoiser`, or go on training it."
     accelerator, p = make_accelerator(params), params
-    first, codec = accelerator.is_main_process, codec and codec.to(accelerator.device)
+    first, free = accelerator.is_main_process, free_names(denoiser)
+    if p.fsdp and p.ratio_every: accelerator.print('fsdp: the gradient ratio flow / recon is not measured (ratio_every=0 says so, too)')
     job = Job(p, accelerator, codec, objective, clips, augment, losses)
-    with own_run(job, run_dir, {**(about or {}), 'clips': len(clips)}), end_asked() as asked:
+    with own_run(job, run_dir, {**(about or {}), 'clips': len(clips)}, free), end_asked() as asked:
         state = begin(p, run_dir, denoiser, accelerator, init)
         with open_log(job, run_dir, state.step) as tell:
             for step in progress_bar(state, job):
