@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['to_float', 'to_uint8', 'check_video', 'check_batch', 'resample_frames', 'resize_video', 'atomic_path', 'write_video',
-           'read_video', 'ClipSet', 'collate', 'take', 'spread', 'batch_indices', 'show_clip', 'contact_sheet']
+           'rgb_picture', 'video_stream', 'read_video', 'ClipSet', 'collate', 'take', 'spread', 'batch_indices',
+           'one_line', 'show_clip', 'contact_sheet']
 
 # %% ../nbs/01_clips.ipynb #c003
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 import av
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -122,34 +125,58 @@ def atomic_path(
 def write_video(
     path:str|Path,         # File to make, .mp4
     video:Tensor,          # One clip: float (T,3,H,W) in [-1,1] or uint8 (T,H,W,3)
-    fps:int=7,             # Frames a second; the paper's model assumes 7
+    fps:float=7,           # Frames a second; the paper's model assumes 7
     crf:int=14,            # Quality, 0 lossless ... 51 worst
     pix_fmt:str='yuv420p', # 'yuv444p' keeps full colour resolution
 ):
     "One clip as an mp4 file."
     frames = (to_uint8(video) if video.is_floating_point() else video).cpu().numpy()
     if frames.ndim != 4: raise ValueError(f'write_video takes one clip (T,3,H,W), got {tuple(video.shape)}')
-    if pix_fmt == 'yuv420p' and (frames.shape[1] % 2 or frames.shape[2] % 2):
+    if not len(frames): raise ValueError(f'no frames to write to {path}')
+    if not 1e-3 < fps <= 1e3: raise ValueError(f'fps must lie between 0.001 and 1000, got {fps}')
+    if '444' not in pix_fmt and (frames.shape[1] % 2 or frames.shape[2] % 2):
         raise ValueError(f'{frames.shape[1]}×{frames.shape[2]} pixels: mp4 wants even sides, use clips.resize_video')
     with atomic_path(path) as temp, av.open(str(temp), 'w', format='mp4') as file:
-        stream = file.add_stream('libx264', rate=fps, options=dict(crf=str(crf), preset='slower'))
+        rate = Fraction(float(fps)).limit_denominator(1001)
+        stream = file.add_stream('libx264', rate=rate, options=dict(crf=str(crf), preset='slower'))
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pix_fmt
         for f in frames: file.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(f), 'rgb24')))
         file.mux(stream.encode())
         file.close()
 
+# %% ../nbs/01_clips.ipynb #6db3e34a
+def rgb_picture(
+    frame:av.VideoFrame,      # A decoded frame, of any format
+    to_rgb:VideoReformatter,  # One for all frames of a video
+)->np.ndarray:                # uint8 (H,W,3), turned and mirrored as the file asks
+    "A frame as it is to be shown."
+    picture = to_rgb.reformat(frame, format='rgb24').to_ndarray()
+    if (note := frame.side_data.get('DISPLAYMATRIX')) is None: return picture
+    (a, b, _), (c, d, _), _ = np.frombuffer(bytes(note), np.int32).reshape(3, 3).tolist()
+    if abs(b) > abs(a): picture, a, d = picture.swapaxes(0, 1), c, b
+    return np.ascontiguousarray(picture[::-1 if d < 0 else 1, ::-1 if a < 0 else 1])
+
+def video_stream(
+    file:av.container.InputContainer, # An open file
+)->av.video.stream.VideoStream:       # Its first one
+    "The moving pictures of a file; the cover of a song is none."
+    found = [s for s in file.streams.video if not s.disposition & Disposition.attached_pic]
+    if not found: raise ValueError(f'{file.name} holds no video stream')
+    return found[0]
+
 # %% ../nbs/01_clips.ipynb #c032
 def read_video(
     path:str|Path, # Video file of any kind that ffmpeg reads
 )->Tensor:         # uint8 (T,H,W,3)
-    "All frames of a video file."
+    "All frames of a video file, upright."
     if not Path(path).is_file(): raise FileNotFoundError(f'no video file at {path}')
     to_rgb = VideoReformatter()
     try:
         with av.open(str(path)) as file:
-            frames = [to_rgb.reformat(f, format='rgb24').to_ndarray() for f in file.decode(video=0)]
+            frames = [rgb_picture(f, to_rgb) for f in file.decode(video_stream(file))]
     except av.FFmpegError as e: raise ValueError(f'{path} is not a readable video: {e}') from e
     if not frames: raise ValueError(f'{path} holds no frames')
+    if len({f.shape for f in frames}) > 1: raise ValueError(f'{path} changes its size on the way')
     return torch.from_numpy(np.stack(frames))
 
 # %% ../nbs/01_clips.ipynb #c037
@@ -206,6 +233,7 @@ def spread(
     k:int, # How many are wanted, 1..n
 )->list[int]: # Their indices, increasing
     "k of n, evenly spread."
+    if n < 1: raise ValueError(f'asked for {k} clips of none: the set is empty')
     if not 1 <= k <= n: raise ValueError(f'asked for {k} of {n} clips: choose 1 to {n}')
     return [i*n//k for i in range(k)]
 
@@ -225,6 +253,14 @@ def batch_indices(
     return [int(order[p // n][p % n]) for p in places]
 
 # %% ../nbs/01_clips.ipynb #c050
+def one_line(
+    text:str,      # Somebody's words
+    most:int=120,  # Letters at most
+)->str:            # Something to set a title to
+    "Words as one line that isn't too long."
+    line = ' '.join(text.encode('utf-8', 'replace').decode().split())
+    return line if len(line) <= most else line[:most-1] + '…'
+
 def show_clip(
     video:Tensor,                # One clip (T,3,H,W) in [-1,1]
     frames:list[int]|None=None,  # Frame numbers to show; default: seven, evenly spread
@@ -237,7 +273,7 @@ def show_clip(
     if ax is None: ax = plt.subplots(figsize=(9, 9 * strip.shape[0] / strip.shape[1] + 0.25), dpi=80)[1]
     ax.imshow(strip.cpu(), interpolation='nearest')
     ax.set_axis_off()
-    if title: ax.set_title(title, fontsize=8, loc='left', pad=2)
+    if title: ax.set_title(one_line(title), fontsize=8, loc='left', pad=2, parse_math=False)
     return ax
 
 # %% ../nbs/01_clips.ipynb #c053
