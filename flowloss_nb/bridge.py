@@ -109,7 +109,7 @@ def first_prompt(
     text:str, # Contents of lang.txt, or any text from a stranger
 )->str:       # Empty when there is none
     "The first line that asks for something."
-    lines = (' '.join(l.split()) for l in text.encode('utf-8', 'replace').decode().splitlines())
+    lines = (' '.join(l.split()) for l in text.replace('\ufeff', '').encode('utf-8', 'replace').decode().splitlines())
     return next((l for l in lines if l and not re.match(r'confidence\b', l, re.I)), '')
 
 # %% ../nbs/03_bridge.ipynb #288a1881
@@ -140,7 +140,8 @@ def read_picture(
         png = data[:8] == b'\x89PNG\r\n\x1a\n'
         H, W = struct.unpack('>II', data[16:24]) if png else simplejpeg.decode_jpeg_header(data)[:2]
         if H * W > 2**26: raise ValueError('too large')
-        picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB) if png else simplejpeg.decode_jpeg(data)
+        picture = None if png else simplejpeg.decode_jpeg(data)
+        if png or b'Exif\0\0' in data[:1024]: picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
     except (ValueError, struct.error, cv2.error): picture = None
     if picture is None: raise Unusable('damaged picture', path)
     return picture

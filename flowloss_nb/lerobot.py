@@ -75,10 +75,11 @@ def task_prompt(
     names:dict={}, # Number -> text, from `read_tasks`
 )->str:            # Empty when there is none
     "The first task that says something."
+    if isinstance(tasks, np.ndarray): tasks = tasks.ravel().tolist()
     if isinstance(tasks, bytes): tasks = tasks.decode('utf-8', 'replace')
     if isinstance(tasks, str): return first_prompt(tasks)
     if isinstance(tasks, Integral): return first_prompt(names.get(int(tasks), ''))
-    return next(filter(None, (task_prompt(t, names) for t in tasks)), '') if isinstance(tasks, (list, tuple, np.ndarray)) else ''
+    return next(filter(None, (task_prompt(t, names) for t in tasks)), '') if isinstance(tasks, (list, tuple)) else ''
 
 def read_tasks(
     root:str|Path, # The data set's folder

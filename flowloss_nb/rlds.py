@@ -74,8 +74,10 @@ def rlds_units(
 )->Iterator[Unit]:    # One a shard
     "The shards of a TFDS data set, all its splits."
     path = inside(root, 'dataset_info.json')
-    try: splits = [(s['name'], [int(n) for n in s.get('shardLengths', [])]) for s in json.loads(read_some(path))['splits']]
-    except Unusable as e: raise ValueError(f'{path}: {e.args[0]}') from None
+    try:
+        if os.path.isfile(features := inside(root, 'features.json')): refuse_pointer(features)
+        splits = [(s['name'], [int(n) for n in s.get('shardLengths', [])]) for s in json.loads(read_some(path))['splits']]
+    except Unusable as e: raise ValueError(f'{e.args[1]}: {e.args[0]}') from None
     except (ValueError, KeyError, TypeError) as e: raise ValueError(f'{path} is damaged: {e!r}') from None
     if bad := [name for name, _ in splits if not re.fullmatch(r'[\w.+-]+', name)]: raise ValueError(f'{path}: no name for a split: {bad}')
     own = own_splits([name for name, _ in splits])

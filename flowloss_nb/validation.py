@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from safetensors.torch import load_file, save_file
-from .clips import atomic_path, contact_sheet, take, to_float, to_uint8, write_video
+from .clips import atomic_path, contact_sheet, file_name, take, to_float, to_uint8, write_video
 from .edm import expand
 from .metrics import clip_measures, copy_first, summarise
 from .step import stream
@@ -84,7 +84,7 @@ def save_samples(
     "Samples beside the true clips: one mp4 each, and a contact sheet."
     folder, y, y_hat = Path(folder), batch['video'].cpu(), y_hat.cpu()
     for name, true, drawn in zip(batch['id'], y, y_hat):
-        write_video(folder/f"{name.replace('/', '_')}.mp4", torch.cat([true, drawn], -1))
+        write_video(folder/file_name(name, '.mp4'), torch.cat([true, drawn], -1))
     titles = [f'{prompt} · {who}' for prompt in batch['prompt'][:sheet] for who in ('true', 'sampled')]
     fig = contact_sheet([v for pair in zip(y[:sheet], y_hat) for v in pair], titles)
     with atomic_path(folder/'sheet.png') as path: fig.savefig(path)
