@@ -42,7 +42,7 @@ class Trajectory(NamedTuple):
     problem:str=''              # Why it can't be used, in words that can be counted; empty if it can
     where:str=''                # The file to look at, if that says more than `id`
     candidate:bool=True         # False: never meant to be one, only passed over
-    split:str=''                # The split that the data set itself puts it in; '' if it doesn't say
+    split:str=''                # The split that the data set puts it in; '' if it doesn't say
 
 class Unusable(Exception):
     "Raised by `read` when pictures turn out damaged: the reason, then the file."
@@ -52,7 +52,8 @@ def split_name(
     name:str, # What a data set calls a split
 )->str:       # 'train', 'validation' or 'test'; '' for other names
     "What a split's name means."
-    found = re.match('(train|val|dev|eval|test)(ing|id|idation|elopment|uation)?(?![a-z])', name.lower())
+    ends = '(ing|id|idation|elopment|uation)?(?![a-z])'
+    found = re.match('(train|val|dev|eval|test)' + ends, name.lower())
     return dict(train='train', test='test').get(found[1], 'validation') if found else ''
 
 def own_splits(
@@ -93,7 +94,8 @@ def belongs(
     real, top = os.path.realpath(path), Path(os.path.realpath(root))
     caches = [p.parents[1]/'blobs' for p in (top, *top.parents) if p.parent.name == 'snapshots']
     cached = re.search(r'/(datasets|models|spaces)--[^/]+/blobs/[0-9a-f]{40,64}$', real)
-    return os.path.isfile(real) and bool(cached or any(Path(real).is_relative_to(p) for p in (top, *caches)))
+    inside = any(Path(real).is_relative_to(p) for p in (top, *caches))
+    return os.path.isfile(real) and bool(cached or inside)
 
 def kind(
     entry:os.DirEntry|None,   # From `entries(...).get(name)`
@@ -101,15 +103,18 @@ def kind(
 )->str:                       # 'file', 'folder', 'link', or '' for nothing of use
     "What an entry is."
     if entry is None: return ''
-    if entry.is_symlink(): return 'file' if root is not None and belongs(entry.path, root) else 'link'
-    return 'file' if entry.is_file(follow_symlinks=False) else 'folder' if entry.is_dir(follow_symlinks=False) else ''
+    if entry.is_symlink() and root is not None and belongs(entry.path, root): return 'file'
+    if entry.is_symlink(): return 'link'
+    if entry.is_file(follow_symlinks=False): return 'file'
+    return 'folder' if entry.is_dir(follow_symlinks=False) else ''
 
 # %% ../nbs/03_bridge.ipynb #b46e0b41
 def first_prompt(
     text:str, # Contents of lang.txt, or any text from a stranger
 )->str:       # Empty when there is none
     "The first line that asks for something."
-    lines = (' '.join(l.split()) for l in text.replace('\ufeff', '').encode('utf-8', 'replace').decode().splitlines())
+    text = text.replace('\ufeff', '').encode('utf-8', 'replace').decode()
+    lines = (' '.join(l.split()) for l in text.splitlines())
     return next((l for l in lines if l and not re.match(r'confidence\b', l, re.I)), '')
 
 # %% ../nbs/03_bridge.ipynb #288a1881
@@ -117,8 +122,9 @@ def refuse_pointer(
     path:str|Path,  # A file of any kind
 ):
     "Raise if Git LFS has left a note where the file should be."
-    with open(path, 'rb') as f: note = f.read(64).startswith(b'version https://git-lfs.github.com/spec/')
-    if note: raise Unusable('Git LFS pointer: run git lfs pull', str(path))
+    with open(path, 'rb') as f: begins = f.read(64)
+    if begins.startswith(b'version https://git-lfs.github.com/spec/'):
+        raise Unusable('Git LFS pointer: run git lfs pull', str(path))
 
 def read_some(
     path:str|Path,  # A file
@@ -141,7 +147,8 @@ def read_picture(
         H, W = struct.unpack('>II', data[16:24]) if png else simplejpeg.decode_jpeg_header(data)[:2]
         if H * W > 2**26: raise ValueError('too large')
         picture = None if png else simplejpeg.decode_jpeg(data)
-        if png or b'Exif\0\0' in data[:1024]: picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+        if png or b'Exif\0\0' in data[:1024]:
+            picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
     except (ValueError, struct.error, cv2.error): picture = None
     if picture is None: raise Unusable('damaged picture', path)
     return picture

@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from av.video.reformatter import VideoReformatter
-from .bridge import Trajectory, Unit, Unusable, belongs, entries, first_prompt, kind, own_splits, read_some, refuse_pointer
+from .bridge import Trajectory, Unit, Unusable, belongs, entries, first_prompt, kind
+from .bridge import own_splits, read_some, refuse_pointer
 from .clips import rgb_picture, video_stream
 
 # %% ../nbs/03b_lerobot.ipynb #2003d14e
@@ -55,7 +56,8 @@ def read_info(
     except Unusable as e: raise ValueError(f'{path}: {e.args[0]}') from None
     except ValueError as e: raise ValueError(f'{path} is no JSON: {e}') from None
     if lacks := {'features', 'fps', 'data_path', 'video_path'} - set(info): raise ValueError(f'{path} lacks {sorted(lacks)}')
-    if not isinstance(info['fps'], (int, float)) or not 0 < info['fps'] < 1e4: raise ValueError(f"{path}: fps is {info['fps']!r}")
+    fps = info['fps']
+    if not isinstance(fps, int|float) or not 0 < fps < 1e4: raise ValueError(f'{path}: fps is {fps!r}')
     return info
 
 def video_key(
@@ -71,7 +73,7 @@ def video_key(
 
 # %% ../nbs/03b_lerobot.ipynb #597d9131
 def task_prompt(
-    tasks:object,  # Text, the number of one, several of either, or nothing: as it stands in the file
+    tasks:object,  # Text, the number of one, several of either, or nothing: as the file has it
     names:dict={}, # Number -> text, from `read_tasks`
 )->str:            # Empty when there is none
     "The first task that says something."
@@ -79,16 +81,19 @@ def task_prompt(
     if isinstance(tasks, bytes): tasks = tasks.decode('utf-8', 'replace')
     if isinstance(tasks, str): return first_prompt(tasks)
     if isinstance(tasks, Integral): return first_prompt(names.get(int(tasks), ''))
-    return next(filter(None, (task_prompt(t, names) for t in tasks)), '') if isinstance(tasks, (list, tuple)) else ''
+    several = tasks if isinstance(tasks, (list, tuple)) else ()
+    return next(filter(None, (task_prompt(t, names) for t in several)), '')
 
 def read_tasks(
     root:str|Path, # The data set's folder
 )->dict:           # Number -> text; empty where there is no such file
     "meta/tasks.jsonl (v2) or meta/tasks.parquet (v3)."
     lines, table = inside(root, 'meta/tasks.jsonl'), inside(root, 'meta/tasks.parquet')
-    try: rows = [*map(json.loads, read_some(lines).splitlines())] if os.path.isfile(lines) else pq.read_table(table).to_pylist()
-    except (OSError, ValueError, Unusable, pa.ArrowException): return {}
-    texts = ((r.get('task_index'), [v for v in r.values() if isinstance(v, str)]) for r in rows if isinstance(r, dict))
+    try:
+        if os.path.isfile(lines): rows = [*map(json.loads, read_some(lines).splitlines())]
+        else: rows = pq.read_table(table).to_pylist()
+        texts = [(r['task_index'], [v for v in r.values() if isinstance(v, str)]) for r in rows]
+    except (OSError, ValueError, LookupError, TypeError, Unusable, pa.ArrowException): return {}
     return {int(k): words[0] for k, words in texts if isinstance(k, Integral) and words}
 
 # %% ../nbs/03b_lerobot.ipynb #2b6e6a3d
@@ -98,7 +103,8 @@ def episode_split(
 )->str:        # 'train', 'validation', 'test', or '' if the data set doesn't say
     "The split that a data set gives an episode, such as `splits: {train: '0:80', val: '80:100'}`."
     spans = info.get('splits') or {}
-    inner = {own for name, own in own_splits([*spans]).items() if k in range(*map(int, spans[name].split(':')))}
+    def holds(span): return k in range(*map(int, span.split(':')))
+    inner = {own for name, own in own_splits([*spans]).items() if holds(spans[name])}
     return next((own for own in ('test', 'validation', 'train') if own in inner), '')
 
 def episode_row(
@@ -112,7 +118,8 @@ def episode_row(
     chunk = dict(episode_index=k, episode_chunk=k // int(info.get('chunks_size', 1000)), video_key=key)
     def place(of): return chunk | {n: int(row[f'{of}/{n}']) for n in ('chunk_index', 'file_index') if f'{of}/{n}' in row}
     tasks = row['tasks'] if row.get('tasks') is not None else row.get('task_index')
-    return dict(id=f'episode_{k:06d}', number=k, prompt=task_prompt(tasks, names), length=int(row['length']), split=episode_split(info, k),
+    return dict(id=f'episode_{k:06d}', number=k, prompt=task_prompt(tasks, names),
+                length=int(row['length']), split=episode_split(info, k),
                 table=fill_template(info['data_path'], **place('data')), video=fill_template(info['video_path'], **place(f'videos/{key}')),
                 start=float(row.get(f'videos/{key}/from_timestamp') or 0))
 
@@ -172,16 +179,18 @@ def read_stretch(
 )->Iterator[np.ndarray]: # RGB uint8 (H,W,3), one a row
     "Pictures of an episode inside a video, each the nearest to its row's time."
     upto = rows[-1] + 1
-    due = start + np.arange(upto) / fps if times is None else start + np.asarray(times[:upto], float)
+    due = start + (np.arange(upto)/fps if times is None else np.asarray(times[:upto], float))
     found, mids = {}, np.append((due[1:] + due[:-1]) / 2, due[-1] + .5/fps)
     for time, picture in decode_from(path, start - .5/fps):
         k = int(np.searchsorted(mids, time))
         if k == upto: break
-        off = abs(time - due[k])
-        if off <= .501/fps and off < found.get(k, (9e9,))[0]: found[k] = off, picture() if k in rows else None
-    pictures, lacks = [found[k][1] for k in rows if k in found], [k for k in range(upto) if k not in found]
+        off, best = abs(time - due[k]), found[k][0] if k in found else .501/fps
+        if off < best: found[k] = off, picture() if k in rows else None
+    pictures, lacks = [found[k][1] for k in rows if k in found], sorted({*range(upto)} - {*found})
     if lacks and pictures and all(map(is_flat, pictures)): raise Unusable('empty camera', path)
-    if lacks: raise Unusable('video and rows do not match', f'{path}: no picture for row {lacks[0]} at {due[lacks[0]]:.3f} s')
+    for k in lacks[:1]:
+        where = f'{path}: no picture for row {k} at {due[k]:.3f} s'
+        raise Unusable('video and rows do not match', where)
     yield from pictures
 
 def decode_from(
@@ -214,15 +223,17 @@ def table_columns(
     table:str,  # The table's file
     k:int,      # Number of the episode
     length:int, # Its rows
-)->dict:        # 'timestamp' and 'task_index', where the table has them and tells episodes apart; empty if another length
+)->dict:        # 'timestamp' and 'task_index', where the table has them
     "What a table knows of an episode's rows."
     refuse_pointer(table)
     with pq.ParquetFile(table) as file:
         n, rows = file.metadata.num_rows, file.read(['episode_index', 'timestamp', 'task_index'])
-    alone = n == length
-    if not alone and 'episode_index' in rows.column_names: rows = rows.filter(pc.equal(rows['episode_index'], k)); n = rows.num_rows
-    if n != length and ('episode_index' in rows.column_names or n < length): raise Unusable('table of another length', table)
-    return {name: rows[name].to_pylist() for name in ('timestamp', 'task_index') if name in rows.column_names and n == length}
+    if tells := n != length and 'episode_index' in rows.column_names:
+        rows = rows.filter(pc.equal(rows['episode_index'], k))
+        n = rows.num_rows
+    if n < length or tells and n > length: raise Unusable('table of another length', table)
+    if n > length: return {}
+    return {c: rows[c].to_pylist() for c in ('timestamp', 'task_index') if c in rows.column_names}
 
 def lerobot_episode(
     root:str|Path, # The data set's folder
@@ -240,11 +251,14 @@ def lerobot_episode(
         prompt = row['prompt'] or task_prompt(told.get('task_index', []), read_tasks(root))
         times = told.get('timestamp')
         if not prompt: return bad(problem='no prompt')
-        if times and not all(a < b for a, b in zip(times, times[1:])): return bad(problem='times of the table do not increase', where=row['table'])
+        if times and not all(a < b for a, b in zip(times, times[1:])):
+            return bad(problem='times of the table do not increase', where=row['table'])
         refuse_pointer(video)
     except Unusable as e: return bad(problem=e.args[0], where=e.args[1])
-    except (pa.ArrowException, OSError, TypeError): return bad(problem='damaged table', where=row['table'])
-    return Trajectory(row['id'], prompt, row['length'], partial(read_stretch, video, row['start'], fps, times=times), where=row['video'], split=row['split'])
+    except (pa.ArrowException, OSError, TypeError):
+        return bad(problem='damaged table', where=row['table'])
+    read = partial(read_stretch, video, row['start'], fps, times=times)
+    return bad(prompt, row['length'], read, where=row['video'], split=row['split'])
 
 def lerobot_group(
     root:str|Path, # The data set's folder

@@ -102,7 +102,8 @@ def choose_splits(
 )->np.ndarray:    # Number in `SPLITS`, of each clip
     "The data set's split, or else ours."
     cuts = split_cuts([k for k, o in zip(keys, own) if o < 0], shares)
-    return np.array([o if o >= 0 else SPLITS.index(split_of(k, cuts)) for k, o in zip(keys, own)], int)
+    ours = (SPLITS.index(split_of(k, cuts)) for k in keys)
+    return np.array([i if o < 0 else o for i, o in zip(ours, own)], int)
 
 def last_split(
     contents:array,    # Of all clips, a number for what they show
@@ -165,7 +166,8 @@ def gather(
     "Everything that is written when all units are done."
     told = about | dict(candidates=0, kept=0, splits={}, own=0, repeated=0, dropped={}, passed={})
     keys, contents, own = array('Q'), array('Q'), array('b')
-    with tempfile.TemporaryFile('w+') as kept, atomic_path(out/'dropped.jsonl') as part, part.open('w') as dropped:
+    with (tempfile.TemporaryFile('w+') as kept, atomic_path(out/'dropped.jsonl') as part,
+          part.open('w') as dropped):
         for line in lines:
             row = json.loads(line)
             (kept if 'clip' in row else dropped).write(line + '\n')
@@ -197,18 +199,25 @@ def report_rows(
     "What was dropped, passed over or repeated."
     rows = [dict(what=what, why=why, count=seen['count'], example=seen['examples'][0])
             for what in ('dropped', 'passed') for why, seen in sorted(told[what].items())]
-    again = dict(what='kept', why='twin within its split', count=told.get('repeated', 0), example='')
-    return rows + [again] * bool(again['count'])
+    twins = told.get('repeated', 0)
+    return rows + [dict(what='kept', why='twin within its split', count=twins, example='')][:twins]
 
 def show_report(
     told:dict, # From `prepare`
 )->str:        # A few lines
     "Candidates, kept, and dropped by reason."
-    own = ', as the data set splits itself' if told.get('own') else ''
-    lines = [f"{told['candidates']} candidates, {told['kept']} clips kept: " + ' / '.join(f'{told["splits"][s]} {s}' for s in SPLITS) + own]
-    if told.get('bridge2'): lines.append(f"the paper: {sum(PAPER.values())} clips, " + ' / '.join(f'{n} {s}' for s, n in PAPER.items()) + '; public scripts: 18363 candidates')
-    if told['kept']: lines += [f'no {s} clips: whatever needs them will stop' for s in SPLITS if not told['splits'][s]]
-    return '\n'.join(lines + [f"{r['count']:6} {r['what']}: {r['why']}" + f", such as {r['example']!a}" * bool(r['example']) for r in report_rows(told)])
+    def parts(sizes): return ' / '.join(f'{sizes[s]} {s}' for s in SPLITS)
+    own = ', as the data set splits itself' if told['own'] else ''
+    counts = f"{told['candidates']} candidates, {told['kept']} clips kept"
+    lines = [f"{counts}: {parts(told['splits'])}{own}"]
+    if told.get('bridge2'): lines.append(f'the paper: {sum(PAPER.values())} clips, {parts(PAPER)}; '
+                                         'public scripts: 18363 candidates')
+    empty = [s for s in SPLITS if told['kept'] and not told['splits'][s]]
+    lines += [f'no {s} clips: whatever needs them will stop' for s in empty]
+    for r in report_rows(told):
+        example = f", such as {r['example']!a}" if r['example'] else ''
+        lines.append(f"{r['count']:6} {r['what']}: {r['why']}{example}")
+    return '\n'.join(lines)
 
 # %% ../nbs/13g_prepare.ipynb #0ff0105e
 def prepare(
@@ -228,13 +237,15 @@ def prepare(
     made = recipe._replace(resample=recipe.resample.__name__)._asdict() | dict(root=root, camera=camera, layout=units.__name__)
     with lock_run(out):
         keep_params(out, 'prepare', made | dict(seed=seed, shares=shares), free=('seed', 'shares'))
-        for left in [*out.glob('.*.tmp*'), *(out/'journal').glob('.*.tmp*')]: left.unlink(missing_ok=True)
+        for folder in (out, out/'journal'):
+            for left in folder.glob('.*.tmp*'): left.unlink(missing_ok=True)
         jobs = ((out, root, unit, recipe) for unit in units(root, camera))
         done = tqdm(run(do_unit, jobs), unit=' units', disable=not progress)
-        told = gather(out, itertools.chain.from_iterable(done), seed, shares, bridge2=is_bridge2(root, units))
-    if not told['candidates']: raise ValueError(f'no trajectories in {root}, read by {units.__name__}: is it the right folder?\n{show_report(told)}')
-    if not told['kept']: raise ValueError(f'no clips from {root}, read by {units.__name__}:\n{show_report(told)}')
-    if progress: print(show_report(told))
+        lines, bridge2 = itertools.chain.from_iterable(done), is_bridge2(root, units)
+        told = gather(out, lines, seed, shares, bridge2=bridge2)
+    report, what = show_report(told), 'clips from' if told['candidates'] else 'trajectories in'
+    if not told['kept']: raise ValueError(f'no {what} {root}, read by {units.__name__}:\n{report}')
+    if progress: print(report)
     return told
 
 # %% ../nbs/13g_prepare.ipynb #a3b34991
@@ -263,8 +274,10 @@ def prepared_splits(
 )->dict:          # Split -> PreparedClips
     "All splits of a prepared set, or what is missing of them."
     sets = {s: PreparedClips(out, s) for s in SPLITS}
-    lacks = [f'{len(sets[s])} {s} clips where {n} are needed' for s, n in least.items() if len(sets[s]) < n]
+    short = {s: n for s, n in least.items() if len(sets[s]) < n}
+    lacks = [f'{len(sets[s])} {s} clips where {n} are needed' for s, n in short.items()]
     if not lacks: return sets
     told = Path(out)/'report.json'
     why = show_report(json.loads(told.read_text())) if told.is_file() else 'it has no report.json'
-    raise ValueError(f'{out} has {" and ".join(lacks)}: prepare more clips, or with other shares. {why}')
+    raise ValueError(f'{out} has {" and ".join(lacks)}: '
+                     f'prepare more clips, or with other shares.\n{why}')

@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 import numpy as np
-from .bridge import Trajectory, Unit, Unusable, entries, flat_units, kind, own_splits, pass_over, raw_group, raw_units, read_picture, read_some, refuse_pointer
+from .bridge import Trajectory, Unit, Unusable, entries, flat_units, kind
+from .bridge import own_splits, pass_over, raw_group, raw_units, read_picture
+from .bridge import read_some, refuse_pointer
 from .lerobot import inside, is_flat, lerobot_units, task_prompt
 from .trees import Episode
 
@@ -76,15 +78,19 @@ def rlds_units(
     path = inside(root, 'dataset_info.json')
     try:
         if os.path.isfile(features := inside(root, 'features.json')): refuse_pointer(features)
-        splits = [(s['name'], [int(n) for n in s.get('shardLengths', [])]) for s in json.loads(read_some(path))['splits']]
+        found = json.loads(read_some(path))['splits']
+        splits = [(s['name'], [int(n) for n in s.get('shardLengths', [])]) for s in found]
     except Unusable as e: raise ValueError(f'{e.args[1]}: {e.args[0]}') from None
-    except (ValueError, KeyError, TypeError) as e: raise ValueError(f'{path} is damaged: {e!r}') from None
-    if bad := [name for name, _ in splits if not re.fullmatch(r'[\w.+-]+', name)]: raise ValueError(f'{path}: no name for a split: {bad}')
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f'{path} is damaged: {e!r}') from None
+    if bad := [name for name, _ in splits if not re.fullmatch(r'[\w.+-]+', name)]:
+        raise ValueError(f'{path}: no name for a split: {bad}')
     own = own_splits([name for name, _ in splits])
     for split, lengths in splits:
         if not lengths: yield Unit(split, pass_over, (split, 'split without shards'))
         for shard, n in enumerate(lengths):
-            yield Unit(f'{split}-{shard:05d}', rlds_shard, (split, shard, n, camera, own.get(split, '')))
+            about = split, shard, n, camera, own.get(split, '')
+            yield Unit(f'{split}-{shard:05d}', rlds_shard, about)
 
 # %% ../nbs/03c_rlds.ipynb #ee495f4d
 def rlds_shard(
@@ -97,20 +103,24 @@ def rlds_shard(
 )->Iterator[Trajectory]: # One an episode
     "The trajectories of one shard."
     k, tfds, problem, name = 0, import_tfds(), 'damaged record', f'{split}-{shard:05d}'
-    errors, camera = need('tensorflow', 'rlds').errors.OpError, f'image_{camera}' if isinstance(camera, int) else camera
+    errors = need('tensorflow', 'rlds').errors.OpError
+    camera = f'image_{camera}' if isinstance(camera, int) else camera
     try:
         builder = tfds.builder_from_directory(root)
         name = os.path.relpath(builder.info.splits[split].filepaths[shard], root)
         if not os.path.isfile(file := inside(root, name)): raise Unusable('no shard')
         refuse_pointer(file)
         decoders = dict(steps=tfds.decode.SkipDecoding())
-        episodes = builder.as_dataset(split=f'{split}[{shard}shard:{shard+1}shard]', decoders=decoders, shuffle_files=False)
+        part = f'{split}[{shard}shard:{shard+1}shard]'
+        episodes = builder.as_dataset(split=part, decoders=decoders, shuffle_files=False)
         for episode in episodes.as_numpy_iterator():
             yield rlds_episode(f'{split}-{shard:05d}/{k:04d}', episode, camera, own)
             k += 1
     except errors: pass
     except Unusable as e: problem = e.args[0]
-    for i in range(k, length): yield Trajectory(f'{split}-{shard:05d}/{i:04d}', problem=problem, where=f'{name}, of {length} records')
+    for i in range(k, length):
+        where = f'{name}, of {length} records'
+        yield Trajectory(f'{split}-{shard:05d}/{i:04d}', problem=problem, where=where)
 
 # %% ../nbs/03c_rlds.ipynb #1e78e829
 def rlds_picture(
@@ -118,13 +128,15 @@ def rlds_picture(
     id:str='',                # Whose it is, for the report
 )->np.ndarray:                # uint8 (H,W,3)
     "One picture of a step."
-    return picture if isinstance(picture, np.ndarray) and picture.ndim == 3 else read_picture(bytes(picture), id)
+    if isinstance(picture, np.ndarray) and picture.ndim == 3: return picture
+    return read_picture(bytes(picture), id)
 
 def shows_nothing(
     pictures:list, # Of one camera, as for `rlds_picture`
 )->bool:           # True for a camera that wasn't there
-    "Are there no pictures, or only empty and one-coloured ones, as far as the first, middle and last tell?"
-    few = [pictures[i] for i in sorted({0, len(pictures)//2, len(pictures) - 1})] if len(pictures) else []
+    "Are the first, middle and last picture empty or of one colour?"
+    n = len(pictures)
+    few = [pictures[i] for i in sorted({0, n//2, n - 1})] if n else []
     try: return all(len(p) == 0 or is_flat(rlds_picture(p)) for p in few)
     except Unusable: return False
 
@@ -133,9 +145,9 @@ def rlds_prompt(
 )->str:           # Empty when there is none
     "The first instruction of the steps, the observations, or the episode that says something."
     steps, about = episode.get('steps', {}), episode.get('episode_metadata', {})
-    places = [place for place in (steps, steps.get('observation', {}), about, episode)]
     names = ('language_instruction', 'natural_language_instruction')
-    return next(filter(None, (task_prompt(place[name]) for place in places for name in names if name in place)), '')
+    places = (steps, steps.get('observation', {}), about, episode)
+    return task_prompt([task_prompt(place.get(name)) for place in places for name in names])
 
 def rlds_episode(
     id:str,       # Its name
@@ -156,7 +168,8 @@ def folders_in(
     most:int=100,    # Of its folders are looked at
 )->list[str]:        # Their paths
     "The first folders in a folder, hidden ones and links left out."
-    return [e.path for e in itertools.islice(entries(folder).values(), most) if kind(e) == 'folder' and e.name[0] != '.']
+    some = itertools.islice(entries(folder).values(), most)
+    return [e.path for e in some if kind(e) == 'folder' and e.name[0] != '.']
 
 def has_raw(
     root:str|Path, # Any folder
@@ -166,13 +179,14 @@ def has_raw(
 
 def layout(
     root:str|Path,   # Any folder
-)->Callable|None:    # `lerobot_units`, `rlds_units`, `flat_units` or `split_units`; None for anything else, raw trees among it
+)->Callable|None:    # What lists it; None for anything else, raw trees among it
     "The function that lists the data set which this folder is, if it is one."
     root = Path(root)
     if (root/'meta/info.json').is_file(): return lerobot_units
     if (root/'dataset_info.json').is_file(): return rlds_units
     folders = folders_in(root)
-    if any(layout(root/n) or has_raw(root/n) for n in own_splits(list(map(os.path.basename, folders)))): return split_units
+    parts = own_splits(list(map(os.path.basename, folders)))
+    if any(layout(root/n) or has_raw(root/n) for n in parts): return split_units
     marks = ({'lang.txt', 'im_0.jpg'} & {*os.listdir(f)} for f in (root, *folders))
     return flat_units if not next(marks) and any(marks) else None
 
@@ -182,9 +196,11 @@ def split_units(
 )->Iterator[Unit]:    # Those of all splits
     "The units of a data set that keeps its splits apart."
     for name, own in own_splits(list(map(os.path.basename, folders_in(root)))).items():
-        try: units = find_units(Path(root)/name)
-        except (ValueError, OSError): yield Unit(name, pass_over, (name, 'split without trajectories')); continue
-        for u in units(Path(root)/name, camera): yield Unit(f'{name}/{u.name}', split_part, (name, own, u.open, *u.args))
+        part = Path(root)/name
+        try: units = find_units(part)(part, camera)
+        except (ValueError, OSError): units = [Unit('', pass_over, ('', 'split without trajectories'))]
+        for u in units:
+            yield Unit(f'{name}/{u.name}', split_part, (name, own, u.open, *u.args))
 
 def split_part(
     root:str|Path, # As for `split_units`
@@ -203,9 +219,11 @@ def above(
     "The folder that is meant by one of its parts."
     for p in (root, *root.parents):
         if re.fullmatch('traj_group[0-9]+', p.name):
-            return next((q for q in p.parents if re.fullmatch('bridge_data_v[0-9]', q.name)), p.parent)
+            whole = (q for q in p.parents if re.fullmatch('bridge_data_v[0-9]', q.name))
+            return next(whole, p.parent)
     if any((root/name).is_file() for name in ('lang.txt', 'im_0.jpg')): return root.parent
-    return next((p for p in root.parents[:5] if (p/'meta/info.json').is_file() or (p/'dataset_info.json').is_file()), None)
+    marks = ('meta/info.json', 'dataset_info.json')
+    return next((p for p in root.parents[:5] if any((p/m).is_file() for m in marks)), None)
 
 def below(
     root:str|Path, # A folder that isn't a data set
@@ -222,10 +240,13 @@ def find_units(
     "The function that lists this data set; an error says which folder is meant instead."
     root = Path(os.path.abspath(root))
     if not root.exists(): raise FileNotFoundError(f'no folder {root}')
-    if not root.is_dir(): raise ValueError(f'{root} is a file: give the folder of its data set, {above(root) or root.parent}')
+    if not root.is_dir(): raise ValueError(f'{root} is a file: give {above(root) or root.parent}')
     inner = any(re.fullmatch('traj_group[0-9]+', p.name) for p in (root, *root.parents))
-    if not inner and (units := layout(root) or (raw_units if has_raw(root) else None)): return units
-    if meant := above(root): raise ValueError(f'{root} is a part of a data set: give all of it, {meant}')
+    units = None if inner else layout(root) or (raw_units if has_raw(root) else None)
+    if units: return units
+    if meant := above(root): raise ValueError(f'{root} is a part of a data set: give {meant}')
     found = list(itertools.islice(below(root), 5))
-    if found: raise ValueError(f'{root} is no data set, but holds {"one" if len(found) == 1 else "several"}: give {" or ".join(found)}')
-    raise ValueError(f'no trajectories in {root}: neither traj_group0, meta/info.json, dataset_info.json nor folders with lang.txt are in it')
+    many, them = 'one' if len(found) == 1 else 'several', ' or '.join(found)
+    if found: raise ValueError(f'{root} is no data set, but holds {many}: give {them}')
+    raise ValueError(f'no trajectories in {root}: it has no traj_group0, meta/info.json, '
+                     'dataset_info.json or folders with lang.txt')

@@ -82,7 +82,8 @@ def keep_clip(
     clip = os.path.join(folder, os.path.basename(t.id) + '.jpg')
     with atomic_path(out/clip) as part: part.write_bytes(strip)
     own = dict(split=t.split) if t.split else {}
-    return dict(id=t.id, prompt=t.prompt, frames=t.length, clip=clip, bytes=len(strip), content=content(strip)) | own
+    made = dict(clip=clip, bytes=len(strip), content=content(strip))
+    return dict(id=t.id, prompt=t.prompt, frames=t.length) | made | own
 
 # %% ../nbs/13f_strips.ipynb #d9711bc8
 def journal_path(
@@ -90,7 +91,8 @@ def journal_path(
     unit:Unit, # One portion
 )->Path:       # Where its lines are
     "The journal of a unit."
-    words = json.dumps([unit.name, unit.open, unit.args], sort_keys=True, default=lambda f: f.__name__)
+    told = [unit.name, unit.open, unit.args]
+    words = json.dumps(told, sort_keys=True, default=lambda f: f.__name__)
     return out/'journal'/f'{hashlib.sha256(words.encode()).hexdigest()[:20]}.jsonl'
 
 def read_journal(
@@ -101,7 +103,8 @@ def read_journal(
     try:
         lines = journal_path(out, unit).read_text().splitlines()
         for row in map(json.loads, lines):
-            if 'clip' in row and (os.path.getsize(out/row['clip']) != row['bytes'] or not row['content']): return None
+            if 'clip' not in row: continue
+            if os.path.getsize(out/row['clip']) != row['bytes'] or not row['content']: return None
     except (OSError, ValueError, KeyError): return None
     return lines
 
