@@ -240,7 +240,8 @@ def find_units(
     "The function that lists this data set; an error says which folder is meant instead."
     root = Path(os.path.abspath(root))
     if not root.exists(): raise FileNotFoundError(f'no folder {root}')
-    if not root.is_dir(): raise ValueError(f'{root} is a file: give {above(root) or root.parent}')
+    if not root.is_dir():
+        raise ValueError(f'{root} is a file: give {above(root.parent) or root.parent}')
     inner = any(re.fullmatch('traj_group[0-9]+', p.name) for p in (root, *root.parents))
     units = None if inner else layout(root) or (raw_units if has_raw(root) else None)
     if units: return units
