@@ -2,7 +2,7 @@
 
 As a script this file prepares once; or it imports everything once and forks runs that die at a certain call of a function that writes.
 """
-import json, os, random, signal, subprocess, sys, time
+import json, os, random, shutil, signal, subprocess, sys, time
 from ctypes.util import find_library
 from functools import partial
 from importlib.util import find_spec
@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from conftest import needs_system
 from flowloss_nb.bridge import thisthat_frames
-from flowloss_nb.clips import check_batch, resample_frames, take, to_float
+from flowloss_nb.clips import check_batch, read_video, resample_frames, take, to_float
 from flowloss_nb.metaworld import load_clips
-from flowloss_nb.prepare import PreparedClips, map_cluster, map_local, prepare
+from flowloss_nb.prepare import PreparedClips, map_cluster, map_local, prepare, prepared_splits
+from flowloss_nb.runs import run_notebook
 from flowloss_nb.strips import Recipe
 from flowloss_nb.trees import Episode, stretch_clip, write_flat, write_lerobot, write_lerobot3, write_raw
 
@@ -208,6 +209,59 @@ def test_camera_sized_pictures_in_all_layouts(drawn, films, tmp_path):
 def torch_area(x, size):
     import torch
     return torch.nn.functional.interpolate(x[:, None], size, mode='area')[:, 0]
+
+# ---- other people's data
+
+DATA = Path(__file__).resolve().parents[1].parent/'shared'/'data'
+
+def needs_data(name):
+    "Real samples lie beside a clone on some machines, and are never part of it."
+    if not (DATA/name).is_dir(): pytest.skip(f'no {DATA/name}: real samples, which this test reads, are not part of the project')
+    return DATA/name
+
+def apart(*roots, frames=10):
+    "Prepare in a process of its own, where TensorFlow may be imported; the reports."
+    program = ('import json, sys; from functools import partial; from flowloss_nb.prepare import map_local, prepare; from flowloss_nb.strips import Recipe\n'
+               'print(json.dumps([prepare(root, root + "_out", Recipe((64, 64), int(sys.argv[1])), run=partial(map_local, workers=1), progress=False) for root in sys.argv[2:]]))')
+    done = subprocess.run([sys.executable, '-c', program, str(frames), *map(str, roots)], env=ENV, timeout=200, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+def test_octo_episodes(tmp_path):
+    "All flags off, all pictures there: 25 of 25. The shard of val is missing, and that is said; where it is a copy of train's, nothing is left to train on."
+    needs_system(find_spec('tensorflow_datasets'), 'TFDS is not installed: pip install "flowloss_nb[rlds]"')
+    source = needs_data('octo_tfds')/'bridge_dataset/1.0.0'
+    for name in ('alone', 'copied'): shutil.copytree(source, tmp_path/name)
+    shard = 'bridge_dataset-{}.tfrecord-00000-of-00001'
+    shutil.copy(source/shard.format('train'), tmp_path/'copied'/shard.format('val'))
+    alone, copied = apart(tmp_path/'alone', tmp_path/'copied')
+    assert alone['splits'] == dict(train=25, validation=0, test=0) and alone['own'] == 25 and not alone['bridge2']
+    assert alone['dropped'] == {'no shard': dict(count=25, examples=[f"{shard.format('val')}, of 25 records"]*10)}
+    assert copied['splits'] == dict(train=0, validation=25, test=0)
+    assert (copied['kept'], copied['candidates'], copied['dropped']['also in validation']['count']) == (25, 50, 25)
+    with pytest.raises(ValueError, match='has 0 train clips where 1 are needed(.|\\n)*25 dropped: also in validation'): prepared_splits(tmp_path/'copied_out', train=1, validation=1)
+
+def test_lerobot_teaser(tmp_path):
+    "17 of 17 real trajectories; and nothing but reasons if the videos are LFS pointers."
+    source = needs_data('bridge_teaser_lerobot_v3')
+    told = prepare(source, tmp_path/'out', SMALL, run=ALONE, progress=False)
+    assert (told['candidates'], told['kept'], told['dropped'], told['repeated']) == (17, 17, {}, 0)
+    shutil.copytree(source, tmp_path/'cloned')
+    video, = (tmp_path/'cloned').rglob('*.mp4')
+    video.chmod(0o644); video.write_text('version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n')
+    with pytest.raises(ValueError, match='17 dropped: Git LFS pointer: run git lfs pull'): prepare(tmp_path/'cloned', tmp_path/'none', SMALL, run=ALONE, progress=False)
+
+def test_real_videos_and_their_folder():
+    "Six files of 240×320; a folder of videos is no data set, and no trajectory is found in it."
+    videos = sorted(needs_data('bridge_mp4').glob('*.mp4'))
+    assert [read_video(v).shape[1:] for v in videos] == [(240, 320, 3)]*6
+    with pytest.raises(ValueError, match='no trajectories in'): prepare(videos[0].parent, '/nowhere', SMALL)
+
+def test_train_bridge_says_what_is_missing(tree, tmp_path):
+    "No validation clips: the run ends before a model is loaded."
+    prepare(tree, tmp_path/'clips', SMALL, shares=(1, 0, 0), run=ALONE, progress=False)
+    with pytest.raises(RuntimeError, match='clips has 0 validation clips where 1 are needed') as e: run_notebook('experiments/train_bridge', tmp_path/'run', dict(data=str(tmp_path/'clips')))
+    assert not (tmp_path/'run/tiny_svd').exists() and 'no test clips: whatever needs them will stop' in str(e.value)
 
 def test_tensorflow_after_opengl_is_refused(drawn):
     "A sentence in place of a crash."
