@@ -181,16 +181,17 @@ def slope(
 # %% ../nbs/04_edm.ipynb #c064
 def churn(
     x:Tensor,                      # Noisy clip, `(B, ...)`
-    sigma:float,                   # Its noise level
+    sigma:Tensor|float,            # Its noise level, one for all or one per clip (as `expand`)
     gamma:float,                   # Relative step up γ ≥ 0; 0: noise is drawn, and none added
     S_noise:float=1.,              # Scale of the fresh noise, about 1
     generator:Generator|None=None, # Source of randomness
-)->tuple[Tensor, float]:           # x̂ and its noise level σ̂
+)->tuple[Tensor, Tensor|float]:    # x̂, like `x`, and its noise level σ̂, like `sigma`
     "Raise the noise level by fresh noise: the first half of a step in EDM's Algorithm 2."
     if not gamma >= 0: raise ValueError(f"churn: gamma is {gamma}; the noise level can only rise")
-    sigma_hat, where = sigma*(1 + gamma), generator.device if generator else x.device
+    where = generator.device if generator else x.device
     eps = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=where).to(x.device)
-    return x + math.sqrt(sigma_hat**2 - sigma**2)*S_noise*eps, sigma_hat
+    rise = check_sigma(expand(sigma, x))*math.sqrt(gamma*(2 + gamma))       # √(σ̂² - σ²)
+    return (x + rise*S_noise*eps).to(x), sigma*(1 + gamma)
 
 # %% ../nbs/04_edm.ipynb #c068
 @torch.no_grad()
@@ -232,8 +233,8 @@ def guide(
     "Classifier-free guidance, as a denoiser made of two."
     if not torch.is_tensor(scale) and scale == 1: return D_cond
     def D(x, sigma):
-        null = D_null(x, sigma)
-        return null + torch.as_tensor(scale).to(x)*(D_cond(x, sigma) - null)
+        null, g = D_null(x, sigma), scale.to(wide(x)) if torch.is_tensor(scale) else scale
+        return (null + g*(D_cond(x, sigma) - null)).to(null)
     return D
 
 # %% ../nbs/04_edm.ipynb #c089
