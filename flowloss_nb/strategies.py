@@ -142,7 +142,7 @@ def thinned(
 
 # %% ../nbs/16d_strategies.ipynb #c63ec3ad
 RECORD = 2  # Grows when what a record's numbers mean changes
-EARLIER = {1: 'measured with the old judge and calibration (s at the first weights)'} # Read still, and said
+EARLIER = {1: 'measured with the old judge and calibration (s set where training starts)'} # Read still, and said
 NEEDED = ('strategy', 'seed', 'psi', 'curve', 'test', 'protocol')
 
 def run_record(
