@@ -267,10 +267,10 @@ def over_seeds(
     out = dict(mean=mean(a.values()) if a else None, seeds=len(a), pairs=len(shared))
     if arm is base: return out | dict(level=out['mean'])
     if not shared: return out
-    x, y = [a[s] for s in shared], [b[s] for s in shared]
-    told = paired_interval(x, y) if len(shared) > 1 else dict(mean=x[0] - y[0])
+    x, y = (torch.tensor([v[s] for s in shared], dtype=torch.double) for v in (a, b))
+    told = paired_interval(x, y) if len(shared) > 1 else dict(mean=float(x - y))
     ends = {k: told[k] for k in ('low', 'high') if k in told}
-    return out | dict(base=mean(y), difference=told['mean'], level=mean(b.values()) + told['mean']) | ends
+    return out | dict(base=float(y.mean()), difference=told['mean'], level=mean(b.values()) + told['mean']) | ends
 
 # %% ../nbs/16d_strategies.ipynb #ea0ab698
 def verdict(
