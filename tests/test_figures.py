@@ -39,9 +39,9 @@ def test_bridge_runs_are_drawn(sweep, tmp_path, name, params):
     told = json.loads((run_notebook(f'experiments/{name}', tmp_path/'run', dict(folder=str(sweep)) | params)/'metrics.json').read_text())
     assert told['rows']
     if name == 'table1_test':
-        assert [r['strategy'] for r in told['differences']] == ['w_ψ'] and [r['strategy'] for r in told['over_clips']] == ['w_ss', 'warping']
+        assert [r['strategy'] for r in told['differences']] == ['w_ψ', COPY] and [r['strategy'] for r in told['over_clips']] == ['w_ss', 'warping']
         rows = {r['strategy']: r for r in told['rows']}
-        assert rows['copy frame 0']['KVD-lite0'] == .7 and rows['copy frame 0']['PSNR, dB'] == pytest.approx(2.5 + 1/2/18 + .5) and told['blind'] == ['set/KVD-lite0']
+        assert rows[COPY]['KVD-lite0'] == pytest.approx(.7) and rows[COPY]['PSNR, dB'] == pytest.approx(3 + 1/54) and told['blind'] == ['set/KVD-lite0']
         assert rows['w']['PSNR, dB'] is None and rows['w_ss']['PSNR, dB'] == pytest.approx(rows['recon only']['PSNR, dB'] + 1/3)
         assert '*seeds: recon only: 0, 1; w_ψ: 0, 1; w: 7; w_ss: 0, 7; warping: 0*' in told['protocol'] and 'median: 0.25' in told['protocol']
         assert told['rows'][0]['KVD-lite0'] == 1. and not {'FVD', 'motion error, px'} & set(told['rows'][0])
