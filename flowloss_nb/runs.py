@@ -134,7 +134,7 @@ def type_of(
     "The type that a line gives its parameter."
     kind = getattr(line, 'annotation', None)
     if kind: return kind.value if isinstance(kind, ast.Constant) and isinstance(kind.value, str) else ast.unparse(kind)
-    try: return kind_of(ast.literal_eval(line.value))
+    try: return f'{kind_of(ast.literal_eval(line.value))}|None'
     except ValueError: return 'object'
 
 def known_parameters(
