@@ -124,8 +124,9 @@ def typed_parameters(
     notebook:Path, # An experiment notebook
 )->dict:           # Name → its type and its default, as source text
     "What the notebook's tagged cell defines."
-    named = [s for s in ast.parse(tagged_cell(notebook)).body if isinstance(s, (ast.Assign, ast.AnnAssign)) and s.value]
-    sides = [(t, s) for s in named for t in (s.targets if isinstance(s, ast.Assign) else [s.target])]
+    lines = ast.parse(tagged_cell(notebook)).body
+    named = [s for s in lines if isinstance(s, (ast.Assign, ast.AnnAssign)) and s.value]
+    sides = [(t, s) for s in named for t in getattr(s, 'targets', [getattr(s, 'target', None)])]
     return {t.id: (type_of(s), ast.unparse(s.value)) for t, s in sides if isinstance(t, ast.Name)}
 
 def type_of(
@@ -133,7 +134,8 @@ def type_of(
 )->str:                            # As `values.read_kind` takes it
     "The type that a line gives its parameter."
     kind = getattr(line, 'annotation', None)
-    if kind: return kind.value if isinstance(kind, ast.Constant) and isinstance(kind.value, str) else ast.unparse(kind)
+    if isinstance(kind, ast.Constant) and isinstance(kind.value, str): return kind.value
+    if kind: return ast.unparse(kind)
     try: return f'{kind_of(ast.literal_eval(line.value))}|None'
     except ValueError: return 'object'
 
@@ -150,9 +152,10 @@ def check_known(
 )->dict:           # The same values
     "Refuse parameters that the notebook doesn't have."
     known = known_parameters(notebook)
-    unknown, has = sorted(map(str, {*params} - {*known})), ', '.join(f'{k} = {v}' for k, v in known.items())
+    unknown = sorted(map(str, {*params} - {*known}))
+    has = ', '.join(f'{k} = {v}' for k, v in known.items())
     if unknown: raise ValueError(f"{Path(notebook).name} has no parameter {', '.join(unknown)}; it has {has}")
-    if 'run_dir' in params: raise ValueError('run_dir is the folder that the run is given, and no parameter to set')
+    if 'run_dir' in params: raise ValueError('run_dir is the folder that the run is given: not to be set')
     return params
 
 # %% ../nbs/16_runs.ipynb #a1f40002
@@ -208,7 +211,7 @@ def as_source(
     value:object, # As `fit_params` returns
 )->str:
     "A value as Python writes it; infinity, too."
-    if isinstance(value, dict): return '{' + ', '.join(f'{k!r}: {as_source(v)}' for k, v in value.items()) + '}'
+    if isinstance(value, dict): return f"{{{', '.join(f'{k!r}: {as_source(v)}' for k, v in value.items())}}}"
     if isinstance(value, list): return '[' + ', '.join(map(as_source, value)) + ']'
     if isinstance(value, tuple): return '(' + ''.join(f'{as_source(v)}, ' for v in value) + ')'
     return f"float('{value}')" if value in (float('inf'), -float('inf')) else repr(value)
@@ -221,8 +224,10 @@ def with_values(
     book, tags = read_json(notebook), lambda cell: cell['metadata'].get('tags', [])
     cells = [c for c in book['cells'] if 'injected-parameters' not in tags(c)]
     at = next(i for i, c in enumerate(cells) if 'parameters' in tags(c))
-    lines = [f'# Parameters of this run of {Path(notebook).name}', *(f'{k} = {as_source(v)}' for k, v in params.items())]
-    given = cells[at] | dict(source='\n'.join(lines), metadata={'tags': ['injected-parameters']}, outputs=[], execution_count=None)
+    lines = [f'# Parameters of this run of {Path(notebook).name}']
+    lines += [f'{k} = {as_source(v)}' for k, v in params.items()]
+    empty = dict(metadata={'tags': ['injected-parameters']}, outputs=[], execution_count=None)
+    given = cells[at] | dict(source='\n'.join(lines)) | empty
     if 'id' in given: given['id'] = f"{given['id'][:50]}-given"
     return book | {'cells': [*cells[:at + 1], *([given] if params else []), *cells[at + 1:]]}
 
@@ -259,7 +264,8 @@ def run_notebook(
         if not rank: make_room(run_dir, overwrite)
         done = run_dir/(f'notebook-{rank}.ipynb' if rank else 'notebook.ipynb')
         if 'run_dir' in known_parameters(source): params = {**params, 'run_dir': str(run_dir)}
-        write_json(done, with_values(source, params)); place = str(done).replace('{', '{{').replace('}', '}}')
+        write_json(done, with_values(source, params))
+        place = str(done).replace('{', '{{').replace('}', '}}')      # papermill formats paths
         try: papermill.execute_notebook(place, place, cwd=str(source.parent), kernel_name=kernel,
             language='python', execution_timeout=timeout, progress_bar=progress, log_output=False, config=quiet)
         except (papermill.PapermillExecutionError, DeadKernelError, CellTimeoutError) as e:
@@ -275,9 +281,11 @@ def read_params(
     "Parameters from a file; what the text means, their types decide."
     file = Path(file).expanduser()
     try: text = file.read_text(encoding='utf-8-sig')
-    except UnicodeDecodeError as e: raise ValueError(f'{file} is no text in UTF-8: {e.reason} at byte {e.start}') from None
+    except UnicodeDecodeError as e:
+        raise ValueError(f'{file} is no text in UTF-8: {e.reason} at byte {e.start}') from None
     read = read_yaml(text.replace('\t', ' ') if file.suffix == '.json' else text, file)
-    if not isinstance(read, dict | None): raise ValueError(f'{file} must hold name: value lines, got a {type(read).__name__}')
+    kind = type(read).__name__
+    if not isinstance(read, dict | None): raise ValueError(f'{file} must hold name: value lines, got a {kind}')
     return read or {}
 
 def parse_params(
@@ -285,9 +293,12 @@ def parse_params(
     file:Path|None=None,  # YAML or JSON of name: value
 )->dict:                  # Name → as `read_params`
     "Parameters from a file and from pairs, which go before it."
-    if (bad := [p for p in pairs if not p.partition('=')[0].strip() or '=' not in p]): raise ValueError(f"-p takes name=value, got {', '.join(bad)}")
+    bad = [p for p in pairs if not p.partition('=')[0].strip() or '=' not in p]
+    if bad: raise ValueError(f"-p takes name=value, got {', '.join(bad)}")
     named = [(name.strip(), value) for name, _, value in (p.partition('=') for p in pairs)]
-    if (twice := [k for k, v in named if v != dict(named)[k]]): raise ValueError(f'-p {twice[0]} is given twice: ' + ' and '.join(v for k, v in named if k == twice[0]))
+    for name, value in dict(named).items():
+        given = [v for k, v in named if k == name]
+        if {*given} != {value}: raise ValueError(f"-p {name} is given twice: {' and '.join(given)}")
     return (read_params(file) if file else {}) | dict(named)
 
 # %% ../nbs/16_runs.ipynb #c060
