@@ -3,7 +3,7 @@ import ast, json, os, subprocess, sys
 from datetime import date
 from pathlib import Path
 import pytest
-from flowloss_nb.runs import find_notebook, fit_params, main, read_params, run_notebook, typed_parameters
+from flowloss_nb.runs import find_notebook, fit_params, main, read_params, run_notebook, tagged_cell, typed_parameters
 from flowloss_nb.step import TrainParams, draw_sigma
 from flowloss_nb.sweeps import expand, sweep
 
@@ -109,7 +109,8 @@ def test_defaults_fit(book):
     for given in (meant, {k: str(v) for k, v in meant.items()}):
         found = fit_params(book, given)
         assert found == meant and all(type(found[k]) is type(meant[k]) for k in meant)
-    assert not [k for k, (kind, default) in typed.items() if default == 'None' and 'None' not in kind]
+    untyped = [line for line in ast.parse(tagged_cell(book)).body if isinstance(line, ast.Assign)]
+    assert [ast.unparse(line.targets[0]) for line in untyped] == ['run_dir']
 
 def test_parameter_files_fit():
     "Every file of parameters has values of the right type."
