@@ -171,14 +171,17 @@ def failed_cell(
 # %% ../nbs/16_runs.ipynb #151eed5a
 @contextmanager
 def forward_end():
-    "Hand a SIGTERM on to the kernel that works, which ends between two steps and saves."
-    if threading.current_thread() is not threading.main_thread(): yield; return
-    def tell(*_):
+    "Hand SIGTERM and Ctrl-C on to the kernel that works, which ends between two steps and saves; yields what came."
+    came = []
+    if threading.current_thread() is not threading.main_thread(): yield came; return
+    def tell(number, frame):
         import psutil
-        for child in psutil.Process().children(recursive=True): child.terminate()
-    before = signal.signal(signal.SIGTERM, tell)
-    try: yield
-    finally: signal.signal(signal.SIGTERM, before)
+        came.append(number)
+        for child in psutil.Process().children(recursive=True): child.send_signal(number)
+    before = {s: signal.signal(s, tell) for s in (signal.SIGTERM, signal.SIGINT)}
+    try: yield came
+    finally:
+        for s, handler in before.items(): signal.signal(s, handler)
 
 # %% ../nbs/16_runs.ipynb #c047
 def run_notebook(
@@ -197,7 +200,7 @@ def run_notebook(
     source = find_notebook(notebook); params = check_known(source, params or {})
     run_dir = Path(run_dir).resolve()
     rank = int(os.environ.get('RANK', 0))       # of many processes under `accelerate launch` the first one holds the folder
-    with nullcontext() if rank else lock_run(run_dir, 'notebook.lock'), this_kernel() as kernel, forward_end():
+    with nullcontext() if rank else lock_run(run_dir, 'notebook.lock'), this_kernel() as kernel, forward_end() as came:
         if not rank: make_room(run_dir, overwrite)
         done = run_dir/(f'notebook-{rank}.ipynb' if rank else 'notebook.ipynb')
         if 'run_dir' in known_parameters(source): params = {**params, 'run_dir': str(run_dir)}
@@ -205,7 +208,10 @@ def run_notebook(
             language='python', execution_timeout=timeout, progress_bar=progress, log_output=False, config=quiet)
         except (papermill.PapermillExecutionError, DeadKernelError, CellTimeoutError) as e:
             why = failed_cell(done) or e
-            if '\n\nStopped: ' in str(why): raise Stopped(str(why).split('\n\nStopped: ')[1]) from None
+            said = str(why).split('\n\nStopped: ')[1:]
+            end = Stopped(*(said or [f'{source.name} was asked to end, and did: start the same run again, and it goes on']))
+            if came: end.number = came[-1]
+            if said or came: raise end from None
             raise RuntimeError(f'{source.name} failed in {why}\n\nThe notebook as far as it got: {done}') from None
     return run_dir
 
@@ -245,7 +251,8 @@ def main(
     ask.add_argument('--timeout', type=int, help='seconds that one cell may take')
     a, start, bar = ask.parse_args(args), time.time(), sys.stderr.isatty()
     try: run = run_notebook(a.notebook, a.run_dir, parse_params(a.pairs, a.file), a.overwrite, a.timeout, bar)
-    except Stopped as e: print(e, file=sys.stderr); return 143
+    except Stopped as e: print(e, file=sys.stderr); return 128 + e.number
+    except KeyboardInterrupt: print('interrupted', file=sys.stderr); return 130
     except (ValueError, OSError, RuntimeError, ImportError) as e: print(f'error: {e}', file=sys.stderr); return 1
     page = next(run/f for f in ('report.html', 'notebook.ipynb') if (run/f).exists())
     told = read_json(run/'metrics.json', object) if (run/'metrics.json').exists() else {}

@@ -136,8 +136,10 @@ def done_here(
     jobs:int,           # How many at a time
 )->Iterator[dict]:      # As `do_run`
     "Runs side by side on this machine, as they end."
-    with ThreadPoolExecutor(jobs) as pool:
+    pool = ThreadPoolExecutor(jobs)
+    try:
         for f in as_completed([pool.submit(apart, notebook, folder, r) for r in runs]): yield f.result()
+    finally: pool.shutdown(cancel_futures=True)     # Ctrl-C reaches what runs, and nothing more is begun
 
 # %% ../nbs/16a_sweeps.ipynb #454bb93f
 def done_on_ray(
@@ -208,6 +210,7 @@ def main(
         plan = yaml.safe_load(Path(a.file).read_text(encoding='utf-8'))
         if a.show: print(markdown_table(progress(plan, a.folder))); return 0
         rows = sweep(plan, a.folder, a.jobs, a.cluster, a.gpus)
+    except KeyboardInterrupt: print('interrupted: start the same sweep again, and it goes on', file=sys.stderr); return 130
     except (ValueError, OSError, ImportError, yaml.YAMLError) as e: print(f'error: {e}', file=sys.stderr); return 1
     failed = [r for r in rows if r['state'] == 'failed']
     for r in failed: print(f"\n{r['run']} failed; its notebook: {Path(a.folder)/r['run']/'notebook.ipynb'}\n{r['error']}", file=sys.stderr)

@@ -2,6 +2,7 @@
 import json, os, subprocess, sys
 from pathlib import Path
 import pytest
+from conftest import PATIENCE
 from flowloss_nb.runs import main, run_notebook
 
 ROOT = Path(__file__).parents[1]
@@ -14,7 +15,7 @@ def notebook(path, *sources):
 
 def command(*words):
     env = os.environ | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
-    return subprocess.run([sys.executable, '-m', 'flowloss_nb.runs', *map(str, words)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, '-m', 'flowloss_nb.runs', *map(str, words)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=PATIENCE)
 
 def test_command_line(tmp_path):
     write = "import json, pathlib\npathlib.Path(run_dir, 'report.html').write_text('x')\njson.dump({'rate': rate}, open(f'{run_dir}/metrics.json', 'w'))"
@@ -35,5 +36,5 @@ def test_killed_kernel_is_an_error(tmp_path):
 
 def test_importing_stays_light():
     heavy = "import sys, flowloss_nb.runs; print([m for m in ('papermill', 'ray', 'mujoco', 'metaworld', 'jupyter_client', 'nbclient') if m in sys.modules])"
-    done = subprocess.run([sys.executable, '-c', heavy], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, '-c', heavy], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.stdout.strip() == '[]', done.stdout + done.stderr[-2000:]
