@@ -178,7 +178,8 @@ def forward_end():
         import psutil
         came.append(number)
         for child in psutil.Process().children(recursive=True): child.send_signal(number)
-    before = {s: signal.signal(s, tell) for s in (signal.SIGTERM, signal.SIGINT)}
+    heard = [s for s in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(s) not in (signal.SIG_IGN, None)]
+    before = {s: signal.signal(s, tell) for s in heard}
     try: yield came
     finally:
         for s, handler in before.items(): signal.signal(s, handler)
