@@ -103,6 +103,7 @@ def end_asked():
 
 class Stopped(RuntimeError):
     "Training was asked to end, and did: its checkpoint is whole. A notebook shows it in one line."
+    number:int = signal.SIGTERM     # Of the signal that asked
     def _render_traceback_(self): return [f'{type(self).__name__}: {self}']
 
 # %% ../nbs/13d_scale.ipynb #b0b3e732

@@ -2,6 +2,8 @@
 import os, shutil
 import pytest
 
+PATIENCE = 3600     # Seconds after which what should have ended counts as hung; no limit is about speed, which a loaded machine lacks
+
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 CHROMIUM_FLAGS = '--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update'.split()
 

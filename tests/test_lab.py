@@ -4,7 +4,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 import pytest
-from conftest import CHROMIUM, CHROMIUM_FLAGS, needs_system
+from conftest import CHROMIUM, CHROMIUM_FLAGS, PATIENCE, needs_system
 from notebooks import NBS, ROOT
 
 LAB_FLAGS = ('--no-browser --allow-root --ip=127.0.0.1 --ServerApp.port_retries=0 --IdentityProvider.token= --ServerApp.password= '
@@ -24,9 +24,10 @@ def home(folder: Path) -> dict[str, str]:
     return {name: str(folder/place) for name, place in places.items()}
 
 def wait_for(url: str, process: subprocess.Popen, log: Path):
-    for _ in range(240):
+    end = time.time() + PATIENCE
+    while time.time() < end:
         assert process.poll() is None, log.read_text()[-3000:]
-        try: return urllib.request.urlopen(f'{url}/api', timeout=2)
+        try: return urllib.request.urlopen(f'{url}/api', timeout=60)
         except OSError: time.sleep(0.5)
     pytest.fail(f'JupyterLab did not answer:\n{log.read_text()[-3000:]}')
 
@@ -51,7 +52,7 @@ def lab(tmp_path_factory):
     try:
         wait_for(url := f'http://127.0.0.1:{port}', process, log)
         yield url, root
-    finally: process.terminate(); process.wait(30)
+    finally: process.terminate(); process.wait(PATIENCE)
 
 @contextmanager
 def running(url: str, notebook: str):
@@ -59,16 +60,16 @@ def running(url: str, notebook: str):
     from playwright.sync_api import expect, sync_playwright
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
-        page = browser.new_page(viewport=dict(width=1400, height=1100))
+        page = browser.new_page(viewport=dict(width=1400, height=1100)); page.set_default_timeout(1000*PATIENCE)
         page.goto(f'{url}/lab/tree/{notebook}.ipynb?reset', wait_until='domcontentloaded')
-        page.get_by_text('Python 3 (ipykernel) | Idle').wait_for(timeout=120_000)  # before that, Run All asks for a kernel
+        page.get_by_text('Python 3 (ipykernel) | Idle').wait_for(timeout=1000*PATIENCE)  # before that, Run All asks for a kernel
         page.get_by_role('menuitem', name='Run', exact=True).click()
         page.get_by_text('Run All Cells', exact=True).click()
         yield page
         for wrong in ('stderr', 'error'): expect(page.locator(f'[data-mime-type="application/vnd.jupyter.{wrong}"]')).to_have_count(0)
         browser.close()
 
-def until(true, what: str, seconds: float = 120):
+def until(true, what: str, seconds: float = PATIENCE):
     "Wait for something that the browser does not announce."
     end = time.time() + seconds
     while not true():
@@ -84,33 +85,33 @@ def shown(page) -> str:
 
 def answer(page, slider: str, key: str) -> float:
     "Milliseconds from a key on a slider to the frame in which the browser has the new picture."
-    return page.evaluate("""([name, key]) => new Promise((done, fail) => {
+    return page.evaluate("""([name, key, limit]) => new Promise((done, fail) => {
         const img = document.querySelector('img.widget-image'), old = img.src
         const box = [...document.querySelectorAll('.widget-hslider')].find(b => b.textContent.includes(name))
         const start = performance.now()
         const wait = () => performance.now() - start
-        const look = () => requestAnimationFrame(() => wait() > 30000 ? fail(`${name}: no new picture`) : img.src !== old && img.complete ? done(wait()) : look())
+        const look = () => requestAnimationFrame(() => wait() > limit ? fail(`${name}: no new picture`) : img.src !== old && img.complete ? done(wait()) : look())
         box.querySelector('[role=slider]').dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true})); look()
-    })""", [slider, key])
+    })""", [slider, key, 1000*PATIENCE])
 
 def test_lab_runs_a_notebook(request):
     needs_system(CHROMIUM, 'no Chromium: apt-get install chromium')
     url, _ = request.getfixturevalue('lab')
     from playwright.sync_api import expect
     with running(url, '00_paper') as page:
-        expect(page.locator('.jp-OutputArea-output').get_by_text('36.0')).to_be_visible(timeout=120_000)  # the share of steps below ψ = 1
+        expect(page.locator('.jp-OutputArea-output').get_by_text('36.0')).to_be_visible(timeout=1000*PATIENCE)  # the share of steps below ψ = 1
 
 def test_explorer_follows_its_controls(request):
     "Each slider, moved by its keys, changes the picture; so does each choice, and playing the clip."
     needs_system(CHROMIUM, 'no Chromium: apt-get install chromium')
     url, root = request.getfixturevalue('lab')
     with running(url, 'explore') as page:
-        page.locator('img.widget-image').wait_for(timeout=120_000)
+        page.locator('img.widget-image').wait_for(timeout=1000*PATIENCE)
         until((root/'runs/explore/metrics.json').exists, 'the notebook has run')
         page.locator('img.widget-image').scroll_into_view_if_needed()
         seen = [shown(page)]
         def changes(what):
-            until(lambda: shown(page) not in seen, f'{what}: another picture', 30)
+            until(lambda: shown(page) not in seen, f'{what}: another picture')
             seen.append(shown(page))
         for slider in ('frame t', 'gate ψ', 'noise σ'):
             page.locator('.widget-hslider').filter(has_text=slider).get_by_role('slider').press('ArrowRight')

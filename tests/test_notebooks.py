@@ -1,12 +1,11 @@
 "Every notebook runs from top to bottom; what is in git is what the notebooks say."
 import ast, ctypes.util, json, re
 import pytest
-from conftest import needs_system
+from conftest import PATIENCE, needs_system
 from notebooks import NBS, ROOT, cells, code, copy_project, imported, module, name, notebooks, number, python, source
 
 LIBRARY = [n for n in notebooks() if n.parent == NBS and n.stem != 'index']
 EXPERIMENTS = [n for n in notebooks() if n.parent.name == 'experiments']
-SECONDS = 300  # a library notebook is meant to take 20; this bound is for slow machines and hung ones
 RENDERS = {'02a_world', '02b_simulator'}  # these draw with MuJoCo
 
 def renders() -> bool:
@@ -20,13 +19,13 @@ def project(tmp_path_factory):
 def test_notebook(notebook, project):
     "Restart and run all."
     if name(notebook) in RENDERS: needs_system(renders(), 'no EGL: apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri libopengl0')
-    python('tests/notebooks.py', name(notebook), folder=project, seconds=SECONDS)
+    python('tests/notebooks.py', name(notebook), folder=project, seconds=PATIENCE)
 
 @pytest.mark.parametrize('notebook', EXPERIMENTS, ids=name)
 def test_experiment(notebook, tmp_path):
     "An experiment's defaults are a smoke run that leaves a metrics.json (in a copy of its own, so that no other run's is found)."
     folder = copy_project(tmp_path)
-    python('tests/notebooks.py', name(notebook), folder=folder, seconds=SECONDS)
+    python('tests/notebooks.py', name(notebook), folder=folder, seconds=PATIENCE)
     found = list((folder/'nbs/experiments').rglob('metrics.json'))
     assert found, f'{name(notebook)} wrote no metrics.json'
     drawn = {d for f in found if (d := json.loads(f.read_text()).get('drawn'))}
@@ -49,7 +48,7 @@ def test_export_is_fresh(tmp_path):
     folder = copy_project(tmp_path)
     modules = lambda: {p.name: p.read_text() for p in (folder/'flowloss_nb').glob('*.py')}
     before = modules()
-    python('-c', 'from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__()', folder=folder, seconds=120)
+    python('-c', 'from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__()', folder=folder, seconds=PATIENCE)
     after = modules()
     stale = sorted(f for f in before | after if before.get(f) != after.get(f))
     assert not stale, f'make export would change {stale}'
@@ -91,7 +90,7 @@ def test_import_is_light(project):
     modules = [m for m in map(module, notebooks()) if m]
     program = '\n'.join(['import importlib, sys', f'for m in {modules}:', '    importlib.import_module(f"flowloss_nb.{m}")',
                          f'    bad = {heavy} & sys.modules.keys()', '    assert not bad, f"flowloss_nb.{m} imports {sorted(bad)}"'])
-    python('-c', program, folder=project, seconds=120)
+    python('-c', program, folder=project, seconds=PATIENCE)
 
 PARAMETERS = sorted(p for p in (NBS/'experiments').rglob('*.yaml'))
 

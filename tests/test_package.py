@@ -2,6 +2,7 @@
 import ast, re, sys, tomllib, zipfile
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from conftest import PATIENCE
 from notebooks import ROOT, copy_project, python
 
 PROJECT = tomllib.loads((ROOT/'pyproject.toml').read_text())['project']
@@ -21,7 +22,7 @@ def foreign(nodes) -> set[str]:
 def test_wheel_holds_everything(tmp_path):
     "The wheel carries the embedded clips and the weights beside the modules."
     folder = copy_project(tmp_path)
-    python('-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '-w', folder/'wheel', '.', folder=folder, seconds=300)
+    python('-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '-w', folder/'wheel', '.', folder=folder, seconds=PATIENCE)
     inside = set(zipfile.ZipFile(*(folder/'wheel').glob('*.whl')).namelist())
     ours = {p.relative_to(ROOT).as_posix() for p in (ROOT/'flowloss_nb').rglob('*') if p.is_file() and '__pycache__' not in p.parts}
     assert ours <= inside, sorted(ours - inside)

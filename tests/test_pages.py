@@ -1,6 +1,6 @@
 "What people read is current and complete: README.md and the site."
 import json, re
-from conftest import CHROMIUM, CHROMIUM_FLAGS, needs_system
+from conftest import CHROMIUM, CHROMIUM_FLAGS, PATIENCE, needs_system
 from notebooks import ROOT, copy_project, notebooks, python
 from pages import Problems, check_links, cross_reference, readme, sidebar
 
@@ -37,7 +37,7 @@ def too_wide(site, widths=(390, 1280)) -> list[str]:
 def test_site(tmp_path):
     "Every page builds, nothing on it dangles, and none scrolls sideways on a telephone."
     folder = copy_project(tmp_path)
-    python('tests/pages.py', 'site', folder=folder, seconds=600)
+    python('tests/pages.py', 'site', folder=folder, seconds=PATIENCE)
     assert (folder/'_docs/index.html').exists()
     mute = [n.stem for n in EXPERIMENTS if not 'Question.' in (folder/f'_docs/experiments/{n.stem}.html').read_text()]
     assert 'href="source/losses.py"' in (folder/'_docs/losses.html').read_text() and (folder/'_docs/source/losses.py').exists()

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 import numpy as np
 import pytest
-from conftest import needs_system
+from conftest import PATIENCE, needs_system
 from flowloss_nb.bridge import thisthat_frames
 from flowloss_nb.clips import check_batch, read_video, resample_frames, take, to_float
 from flowloss_nb.metaworld import load_clips
@@ -50,7 +50,7 @@ def start(tree, out, *words):
     return subprocess.Popen([sys.executable, __file__, str(tree), str(out), *words], env=ENV, stderr=subprocess.PIPE, start_new_session=True)
 
 def end(process, expected=0):
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == expected, err.decode()[-3000:]
 
 # ---- the script
@@ -95,7 +95,7 @@ def test_killed_with_workers(tree, whole, tmp_path):
         time.sleep(dice.uniform(0, .03))
         alive += run.poll() is None
         os.kill(run.pid, signal.SIGKILL); run.communicate()
-        until = time.time() + 20
+        until = time.time() + PATIENCE
         while group_lives(run.pid) and time.time() < until: time.sleep(.05)
         assert not group_lives(run.pid), 'workers outlived their parent'
     assert alive, 'the run ended before it was killed'
@@ -177,7 +177,7 @@ def drawn(tmp_path_factory):
     "Meta-World episodes of 10, 24 and 60 frames, drawn at 480×640: in a process of their own, since OpenGL and what training imports don't bear each other."
     needs_system(all(map(find_library, ('EGL', 'OpenGL'))), 'no EGL: apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri libopengl0')
     path = tmp_path_factory.mktemp('films')/'films.npz'
-    return path, subprocess.run([sys.executable, '-c', DRAWS, str(path), 'tfds'], env=ENV, check=True, timeout=200, capture_output=True, text=True).stdout
+    return path, subprocess.run([sys.executable, '-c', DRAWS, str(path), 'tfds'], env=ENV, check=True, timeout=PATIENCE, capture_output=True, text=True).stdout
 
 @pytest.fixture(scope='module')
 def films(drawn):
@@ -189,7 +189,7 @@ def test_camera_sized_pictures_in_all_layouts(drawn, films, tmp_path):
     assert [e.frames.shape for e in films] == [(n, 480, 640, 3) for n in (10, 24, 60)]
     program = ('import sys, numpy as np; from flowloss_nb.trees import Episode; from flowloss_nb.rlds import write_rlds; d = np.load(sys.argv[1])\n'
                'write_rlds([Episode(d[f"arr_{i}"], str(p)) for i, p in enumerate(d["prompts"])], sys.argv[2], 3)')
-    subprocess.run([sys.executable, '-c', program, str(drawn[0]), str(tmp_path/'tfds')], env=ENV, check=True, timeout=200, capture_output=True)
+    subprocess.run([sys.executable, '-c', program, str(drawn[0]), str(tmp_path/'tfds')], env=ENV, check=True, timeout=PATIENCE, capture_output=True)
     roots = dict(raw=write_raw(films, tmp_path/'raw') and tmp_path/'raw', flat=write_flat(films, tmp_path/'flat')[0].parent,
                  v2=write_lerobot(films, tmp_path/'v2'), v3=write_lerobot3(films, tmp_path/'v3'), tfds=tmp_path/'tfds/bridge_dataset/1.0.0')
     for name, root in roots.items():

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 import pytest, torch
+from conftest import PATIENCE
 from torch import nn
 from flowloss_nb import records, trainer
 from flowloss_nb.clips import ClipSet
@@ -62,7 +63,7 @@ def lines(run_dir): return (run_dir/'log.jsonl').read_bytes().count(b'\n') if (r
 
 def killed(pid, run_dir, dice):
     "Let a run write a few lines, then kill it: in a step, between two, or while it saves. Tells whether it was still alive."
-    enough, end = lines(run_dir) + dice.randint(1, 12), time.time() + 30
+    enough, end = lines(run_dir) + dice.randint(1, 12), time.time() + PATIENCE
     while lines(run_dir) < enough and time.time() < end and not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT): time.sleep(0.002)
     time.sleep(dice.uniform(0, 0.03)); os.kill(pid, signal.SIGKILL)
     return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
@@ -109,7 +110,7 @@ def script(root):
 def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp('resume')
     env = os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(Path(__file__).parents[1])}
-    done = subprocess.run([sys.executable, __file__, str(root)], env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, __file__, str(root)], env=env, capture_output=True, text=True, timeout=PATIENCE)
     assert (root/'told.json').exists(), done.stderr[-3000:]
     return root, json.loads((root/'told.json').read_text()), done.stderr[-3000:]
 

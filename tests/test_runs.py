@@ -3,6 +3,7 @@ import ast, json, os, subprocess, sys
 from datetime import date
 from pathlib import Path
 import pytest
+from conftest import PATIENCE
 from flowloss_nb.runs import find_notebook, fit_params, main, read_params, run_notebook, tagged_cell, typed_parameters
 from flowloss_nb.step import TrainParams, draw_sigma
 from flowloss_nb.sweeps import expand, sweep
@@ -17,7 +18,7 @@ def notebook(path, *sources):
 
 def command(*words, cwd=ROOT, **more):
     env = os.environ | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'} | more
-    return subprocess.run([sys.executable, '-m', 'flowloss_nb.runs', *map(str, words)], cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, '-m', 'flowloss_nb.runs', *map(str, words)], cwd=cwd, env=env, capture_output=True, text=True, timeout=PATIENCE)
 
 def test_command_line(tmp_path):
     write = "import json, pathlib\npathlib.Path(run_dir, 'report.html').write_text('x')\njson.dump({'rate': rate}, open(f'{run_dir}/metrics.json', 'w'))"
@@ -38,7 +39,7 @@ def test_killed_kernel_is_an_error(tmp_path):
 
 def test_importing_stays_light():
     heavy = "import sys, flowloss_nb.runs; print([m for m in ('papermill', 'ray', 'mujoco', 'metaworld', 'jupyter_client', 'nbclient') if m in sys.modules])"
-    done = subprocess.run([sys.executable, '-c', heavy], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, '-c', heavy], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.stdout.strip() == '[]', done.stdout + done.stderr[-2000:]
 
 TYPED = """run_dir = 'x'

@@ -3,7 +3,7 @@ import json, os, signal, time
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
-from conftest import needs_system
+from conftest import PATIENCE, needs_system
 from flowloss_nb import records
 from flowloss_nb.sweeps import sweep
 
@@ -30,7 +30,7 @@ def book(path):
 
 def kill_once(folder, steps):
     "Kill the worker that runs this run, once it has a checkpoint; its process is the one that holds the run's folder. What the run had logged until then is kept: by the clock, no step takes as long twice."
-    end = time.time() + 120
+    end = time.time() + PATIENCE
     while time.time() < end:
         last = records.latest_checkpoint(folder)
         if last and int(last.name[5:]) < steps - 20:
