@@ -145,8 +145,9 @@ def refuse_rounded(
     "One clear error for a flow network whose weights have lost digits."
     weights = net.state_dict() if isinstance(net, nn.Module) else {}
     rounded = next((k for k, v in weights.items() if full_precision(v) is not v), None)
-    if rounded: raise ValueError(f'{type(net).__name__} holds {rounded} in {weights[rounded].dtype}, and flow is read in '
-                                 'float32: load its weights anew, and cast only the model that is trained')
+    if rounded:
+        raise ValueError(f'{type(net).__name__} holds {rounded} in {weights[rounded].dtype}, and reads flow '
+                         'in float32: load its weights anew, and cast none but the denoiser')
 
 def in_float32(
     estimator:Callable, # F, or the `forward` of one
@@ -155,9 +156,10 @@ def in_float32(
     @wraps(estimator)
     def exact(*args, **named):
         for net in (estimator, *args[:1]): refuse_rounded(net)
-        given = [full_precision(a) if torch.is_tensor(a) else a for a in (*args, *named.values())]
-        device = next(a.device.type for a in given if torch.is_tensor(a))
-        with torch.autocast(device, enabled=False): return estimator(*given[:len(args)], **dict(zip(named, given[len(args):])))
+        read = lambda a: full_precision(a) if torch.is_tensor(a) else a
+        video = next(a for a in (*args, *named.values()) if torch.is_tensor(a))
+        with torch.autocast(video.device.type, enabled=False):
+            return estimator(*map(read, args), **{k: read(v) for k, v in named.items()})
     return exact
 
 # %% ../nbs/05_flow.ipynb #60c7e072

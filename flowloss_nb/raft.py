@@ -202,7 +202,7 @@ class FeatureAttention(nn.Module):
 
     def train(self, mode=True):
         super().train(mode)
-        for layer in self.layers: layer.self_attn.train()   # nothing is dropped; in evaluation PyTorch rounds differently without a gradient
+        for layer in self.layers: layer.self_attn.train()   # no dropout; evaluation rounds otherwise
         return self
 
     def forward(self, f1, f2):
