@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
-from .records import read_json, write_json, write_text
+from .records import read_json, steps_in, write_json, write_text
 from .runs import check_known, find_notebook, markdown_table, parse_value, run_notebook
 
 # %% ../nbs/16a_sweeps.ipynb #5a715ac1
@@ -85,11 +85,12 @@ def do_run(
     asked = place/'asked.json'
     try:
         if asked.exists() and (old := read_json(asked)) != json.loads(json.dumps(run.params)): return told('failed', f'{place} was begun with other parameters: {old}')
-        if not (there := (place/'metrics.json').exists()):
+        here = not (place/'metrics.json').exists()
+        if here:
             write_json(asked, run.params); (place/'failed.txt').unlink(missing_ok=True)
-            run_when_free(notebook, place, run.params, start + patience)
+            here = run_when_free(notebook, place, run.params, start + patience)
         read_json(place/'metrics.json', object); (place/'failed.txt').unlink(missing_ok=True)
-        return told('was done' if there else 'done')
+        return told('done' if here else 'was done')
     except Exception as e: return told('failed', failed(place, e))
 
 # %% ../nbs/16a_sweeps.ipynb #264f6d85
@@ -98,10 +99,13 @@ def run_when_free(
     place:Path,     # The run's folder
     params:dict,    # Parameters of the notebook
     until:float,    # When to stop waiting, seconds since the epoch
-)->Path:            # The run's folder
-    "Run a notebook once nobody else holds its folder."
+)->bool:            # Was it run here? False: somebody else has finished it meanwhile
+    "Run a notebook once nobody else holds its folder, if there is still something to run."
     while True:
-        try: return run_notebook(notebook, place, params)
+        try: run_notebook(notebook, place, params); return True
+        except FileExistsError:
+            if not (Path(place)/'metrics.json').exists(): raise
+            return False
         except RuntimeError as e:
             if 'is in use by process' not in str(e) or time.time() > until: raise
         time.sleep(1)
@@ -187,7 +191,7 @@ def progress(
     rows = []
     for r in expand(plan):
         place = Path(folder)/r.name
-        last = max((int(p.name[5:]) for p in place.glob('**/checkpoints/step_*')), default=None)
+        last = max((step for p in (place, *place.glob('[!.]*/')) for step in steps_in(p/'checkpoints')), default=None)
         state = 'failed' if (place/'failed.txt').exists() else 'done' if (place/'metrics.json').exists() else 'begun' if place.exists() else 'waiting'
         rows.append(dict(run=r.name, state=state, step=last, notebook=str(place/'notebook.ipynb') if state == 'failed' else ''))
     return rows
