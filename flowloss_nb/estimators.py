@@ -14,8 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from .clips import ClipSet, atomic_path, check_video, take, to_uint8
+from safetensors.torch import save_file
+from .clips import ClipSet, atomic_path, check_video, read_tensors, take, to_uint8
 from .flow import chain_flow, consistency_visible, epe, flow_to_rgb, moving, target_frames, warp
 from .dot import fit_back, fit_frames, whole_size
 from .official import Official, load_official
@@ -67,7 +67,7 @@ def load_raft(
     if 'config' not in about: raise ValueError(f'{path} holds no RAFT configuration: it was not written by `save_raft`')
     config = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(about['config']).items()}
     net = RAFT(**config)
-    net.load_state_dict(load_file(path))
+    net.load_state_dict(read_tensors(path))
     return net.eval()
 
 # %% ../nbs/09_estimators.ipynb #c021
@@ -215,7 +215,7 @@ def keep(
     "Read a result from the cache, or compute it and keep it."
     try:
         with safe_open(path, 'pt') as f: told = f.metadata() or {}
-        kept = load_file(path)
+        kept = read_tensors(path)
         if (told.get('key'), told.get('digest')) == (key, digest(kept)): return kept
         warnings.warn(f'{path} is not what its name says, or is damaged: made anew')
     except FileNotFoundError: pass

@@ -25,7 +25,7 @@ from .distances import Measure, TooFew, fid_measure, fvd_measure, lite0, lite0_m
 from .edm import share_below
 from .metrics import bootstrap_interval, paired_interval
 from .recipes import results
-from .records import read_json, read_log, write_json
+from .records import read_json, read_log, steps_in, write_json
 from .runs import in_words
 from .step import TrainParams, draw_sigma, step_losses
 from .trainer import step_cost
@@ -70,7 +70,8 @@ def kept_distances(
     seed:int=0,                     # Of the model, for the protocol
 )->dict[str, dict]:                 # Step, or 'test' → measure → value, se (or why there is none); and 'protocol': split → measure → protocol
     "Distances between true clips and samples, at every step that has some."
-    files = {str(int(f.parent.name[5:])): f for f in sorted(Path(run_dir).glob('samples/step_*/drawn.safetensors'))} | {'test': Path(run_dir)/'samples'/'test.safetensors'}
+    drawn = {str(step): p/'drawn.safetensors' for step, p in steps_in(Path(run_dir)/'samples').items() if (p/'drawn.safetensors').exists()}
+    files = drawn | {'test': Path(run_dir)/'samples'/'test.safetensors'}
     known, told, protocol = {split: set_features(video.split(16), measures) for split, video in true.items()}, {}, {}
     for when, file in files.items() if measures else ():
         split = 'test' if when == 'test' else 'validation'
@@ -140,7 +141,7 @@ def read_sweep(
     folder:Path,    # Of a sweep, or of one run
 )->list[dict]:      # Records of finished runs
     "All finished runs of a sweep."
-    found = [p for pattern in ('metrics.json', '*/metrics.json') for p in sorted(Path(folder).glob(pattern))]
+    found = [p for pattern in ('metrics.json', '[!.]*/metrics.json') for p in sorted(Path(folder).glob(pattern)) if p.is_file()]
     if not found: raise FileNotFoundError(f'no finished run in {folder}: a finished run has a metrics.json')
     return [read_record(p) for p in found]
 
@@ -385,7 +386,7 @@ def sampled(
     step:int,           # Of the validation
 )->dict[str, tuple[Tensor, Tensor]]: # Clip → true and sampled `(T,3,H,W)` in [-1,1]
     "Samples of a run, beside the true clips."
-    files = sorted((Path(folder)/'samples'/f'step_{step:07d}').glob('*.mp4'))
+    files = sorted((Path(folder)/'samples'/f'step_{step:07d}').glob('[!.]*.mp4'))
     if not files: raise FileNotFoundError(f'{folder} kept no samples at step {step}: it has {sorted(p.name for p in (Path(folder)/"samples").glob("step_*"))}')
     return {p.stem: tuple(to_float(read_video(p)).chunk(2, -1)) for p in files}
 
@@ -419,7 +420,7 @@ def kept_near(
 )->int:                 # Step
     "The validation nearest to a step, of those whose samples all of them kept."
     folders = [by[name][shared_seed(by, names)]['folder'] for name in names]
-    kept = set.intersection(*({int(p.name[5:]) for p in (f/'samples').glob('step_*')} for f in folders))
+    kept = set.intersection(*(set(steps_in(f/'samples')) for f in folders))
     if not kept: raise FileNotFoundError(f"no step has samples in all of {', '.join(map(str, folders))}")
     return min(kept, key=lambda step: (abs(step - wanted), step))
 
@@ -460,7 +461,7 @@ def record_sweep(
         for name in ('asked.json', 'params.json', 'versions.json'):
             if (here/name).exists(): shutil.copy(here/name, there/name)
         for step in [s for s, names in samples.items() if r['strategy'] in names and r['psi'] == 1 and r['seed'] == seed]:
-            files = sorted((here/'samples'/f'step_{step:07d}').glob('*.mp4'))
+            files = sorted((here/'samples'/f'step_{step:07d}').glob('[!.]*.mp4'))
             for file in files[::max(1, (len(files) - 1)//max(1, clips - 1))][:clips]:
                 (there/file.relative_to(here)).parent.mkdir(parents=True, exist_ok=True); shutil.copy(file, there/file.relative_to(here))
     return [r['folder'].name for r in runs]

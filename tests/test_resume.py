@@ -260,4 +260,9 @@ def test_strays_hinder_no_run(finished, tmp_path):
     go(tmp_path/'run', params=replace(FEW, checkpoint_every=1, keep=1))
     assert {p.name for p in folder.iterdir()} == {*strays, 'step_0000003'} and weights(tmp_path/'run') == weights(finished/'old')
 
+def test_tensors_are_read_in_one_place():
+    "`clips.read_tensors` copies; a tensor that stays mapped to a file is lost with the file."
+    found = [p.name for p in Path(records.__file__).parent.rglob('*.py') if 'load_file(' in p.read_text()]
+    assert found == ['clips.py']
+
 if __name__ == '__main__': script(Path(sys.argv[1]))
