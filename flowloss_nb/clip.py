@@ -12,6 +12,7 @@ import torch
 from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
+from .svd_codec import variant_of
 
 # %% ../nbs/12b_clip.ipynb #bfc01fa0
 class Frozen:
@@ -47,7 +48,7 @@ def load_text(
     "Read a CLIP text encoder and its tokenizer from a local folder."
     for part in ('text_encoder', 'tokenizer'):
         if not (Path(folder)/part).is_dir(): raise FileNotFoundError(f'{folder} holds no {part}/: it must be a local diffusers folder with a CLIP text encoder of width 1024, e.g. of stable-diffusion-2-1-base (CreativeML OpenRAIL++-M)')
-    net = CLIPTextModel.from_pretrained(Path(folder)/'text_encoder', local_files_only=True, use_safetensors=True)
+    net = CLIPTextModel.from_pretrained(Path(folder)/'text_encoder', local_files_only=True, use_safetensors=True, variant=variant_of(Path(folder)/'text_encoder')).float()
     return ClipText(CLIPTokenizer.from_pretrained(Path(folder)/'tokenizer', local_files_only=True), net)
 
 # %% ../nbs/12b_clip.ipynb #4258652f
@@ -73,7 +74,7 @@ def load_image(
     "Read SVD's CLIP image encoder from a local folder."
     for part in ('image_encoder', 'feature_extractor'):
         if not (Path(folder)/part).is_dir(): raise FileNotFoundError(f'{folder} holds no {part}/: it must be a local diffusers folder of Stable Video Diffusion')
-    net = CLIPVisionModelWithProjection.from_pretrained(Path(folder)/'image_encoder', local_files_only=True, use_safetensors=True)
+    net = CLIPVisionModelWithProjection.from_pretrained(Path(folder)/'image_encoder', local_files_only=True, use_safetensors=True, variant=variant_of(Path(folder)/'image_encoder')).float()
     return ClipImage(net, CLIPImageProcessor.from_pretrained(Path(folder)/'feature_extractor', local_files_only=True))
 
 # %% ../nbs/12b_clip.ipynb #fbdc96a0

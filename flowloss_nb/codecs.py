@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from .clips import atomic_path
+from safetensors.torch import save_file
+from .clips import atomic_path, read_tensors
 
 # %% ../nbs/11_codecs.ipynb #c006
 def pick_frames(
@@ -101,4 +101,4 @@ def load_linear(
     if not path.exists(): raise FileNotFoundError(f'{path}: no such codec; fit one with `fit_linear` or name the shipped file')
     with safe_open(path, 'pt') as f: kind = (f.metadata() or {}).get('kind')
     if kind != 'LinearCodec': raise ValueError(f'{path} holds a {kind}, not a LinearCodec')
-    return LinearCodec(**load_file(path))
+    return LinearCodec(**read_tensors(path))

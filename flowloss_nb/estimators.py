@@ -15,10 +15,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from .clips import ClipSet, atomic_path, check_video, take, to_uint8
-from .flow import (chain_flow, consistency_visible, epe, flow_to_rgb, in_float32, keep_float32, moving,
-    target_frames, warp)
+from safetensors.torch import save_file
+from .clips import ClipSet, atomic_path, check_video, read_tensors, take, to_uint8
+from .flow import (chain_flow, consistency_visible, epe, flow_to_rgb, in_float32, keep_float32,
+    moving, target_frames, warp)
 from .dot import fit_back, fit_frames, whole_size
 from .official import Official, load_official
 from .raft import RAFT, check_frames, refine, source_context, target_features
@@ -72,7 +72,7 @@ def load_raft(
     if 'config' not in about: raise ValueError(f'{path} holds no RAFT configuration: it was not written by `save_raft`')
     config = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(about['config']).items()}
     net = RAFT(**config)
-    net.load_state_dict(load_file(path))
+    net.load_state_dict(read_tensors(path))
     return net.eval()
 
 # %% ../nbs/09_estimators.ipynb #c021
@@ -158,13 +158,14 @@ def exact_flow(
     batch:dict,         # A batch with exact flow and visibility
 )->Callable:            # An estimator that ignores its video
     "The estimator that knows the answer for this batch."
+    known, seen = batch['flow'], batch['visible']
     def estimator(video, targets=None):
-        if video.shape[:2] != (len(known), 1 + known.shape[1]):
-            raise ValueError(f'exact flow is known for {len(known)} whole clips of {1 + known.shape[1]} frames, '
-                             f'and this video is {tuple(video.shape)}')
-        t, each = target_frames(video, targets) - 1, torch.arange(len(video), device=video.device)[:, None]
-        return known[each, t], batch['visible'][each, t].float()
-    known, estimator.whole = batch['flow'], True
+        B, T = len(known), 1 + known.shape[1]
+        if video.shape[:2] != (B, T):
+            raise ValueError(f'exact flow is known for {B} whole clips of {T} frames, not {(*video.shape,)}')
+        t, each = target_frames(video, targets) - 1, torch.arange(B, device=video.device)[:, None]
+        return known[each, t], seen[each, t].float()
+    estimator.whole = True
     return estimator
 
 # %% ../nbs/09_estimators.ipynb #df1b416b
@@ -185,8 +186,9 @@ def refuse_some(
     anchored = 'tracks' in known and hasattr(getattr(estimator, 'func', estimator), 'tracks')
     if K in (None, T - 1) or anchored or not sees_whole(estimator): return
     name = getattr(estimator, '__name__', type(estimator).__name__)
-    raise ValueError(f'{name} looks at a whole clip, and {K} of its {T - 1} target frames would be another clip to it: take all of '
-                     'them (K=None), or, with DOT, the tracks of the true clip (anchored=True; augmented clips have lost theirs)')
+    raise ValueError(f'{name} looks at a whole clip; {K} of its {T - 1} target frames are another one to it: '
+                     'take all of them (K=None) or, with DOT, the tracks of the true clip '
+                     '(anchored=True; augmented clips have lost theirs)')
 
 # %% ../nbs/09_estimators.ipynb #c037
 def batches(
@@ -249,7 +251,7 @@ def keep(
     "Read a result from the cache, or compute it and keep it."
     try:
         with safe_open(path, 'pt') as f: told = f.metadata() or {}
-        kept = load_file(path)
+        kept = read_tensors(path)
         if (told.get('key'), told.get('digest')) == (key, digest(kept)): return kept
         warnings.warn(f'{path} is not what its name says, or is damaged: made anew')
     except FileNotFoundError: pass

@@ -269,7 +269,7 @@ def load_folder(
     pattern:str='*.npz',# Which of them
 )->ClipSet:             # Clips with exact flow and visibility, in the order of their names
     "All clips of a folder."
-    paths = sorted(Path(folder).glob(pattern))
+    paths = sorted(p for p in Path(folder).glob(pattern) if p.name[0] != '.')     # a killed process may have left a hidden half
     if not paths: raise FileNotFoundError(f'no clips {pattern} in {folder}: make some with simulator.make_clips')
     frames, prompts, geometries, visible = zip(*map(read_clip, paths))
     if len(shapes := {f.shape for f in frames}) > 1: raise ValueError(f'clips in {folder} differ in shape: {sorted(shapes)}')

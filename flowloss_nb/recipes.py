@@ -7,7 +7,7 @@ __all__ = ['OBJECTIVES', 'choose_estimator', 'Stage', 'with_flow', 'embedded_sta
            'results', 'recorded', 'choose_objective', 'warmed', 'calibrate', 'judge_clips', 'interleave']
 
 # %% ../nbs/16b_recipes.ipynb #c003
-import copy, json
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,6 +26,7 @@ from .losses import (averaged, flow_objective, hard_gate, large_gate, motion_wei
     recon_objective, soft_gate, warp_objective)
 from .metaworld import load_clips
 from .metrics import clip_measures, copy_first
+from .records import read_json
 from .scale import run_device
 from .step import TrainParams, gradient_norms, step_losses, stream
 from .trainer import Job, begin, load_weights, make_accelerator, train_step
@@ -121,7 +122,7 @@ def recorded(
     name:str,       # Of the recorded run, e.g. 'compare_warm'
 )->dict|None:       # Its metrics, or None if nothing is recorded under this name
     "Read the metrics of a recorded run."
-    return json.loads(path.read_text()) if (path := results(f'{name}.json')) else None
+    return read_json(path) if (path := results(f'{name}.json')) else None
 
 # %% ../nbs/16b_recipes.ipynb #c017
 OBJECTIVES = {

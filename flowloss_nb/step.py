@@ -229,7 +229,7 @@ def scalars(
 def merge_scalars(
     parts:list[dict], # One dict of numbers per piece
 )->dict:              # One dict of numbers
-    "Average floats over the pieces that have them, `flow_error` over open clips; add whole numbers."
+    "Average floats over the pieces that have them, `flow_error` over open clips; add integers."
     def merged(k):
         known = [p for p in parts if k in p]
         if isinstance(known[0][k], int): return sum(p[k] for p in known)

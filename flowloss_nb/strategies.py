@@ -28,7 +28,7 @@ from .distances import Measure, TooFew, copy_distances, fid_measure, fvd_measure
 from .edm import share_below
 from .metrics import bootstrap_interval, paired_interval
 from .recipes import recorded, results
-from .records import read_json, read_log, write_json
+from .records import read_json, read_log, steps_in, write_json
 from .runs import in_words
 from .scale import run_device
 from .step import TrainParams, step_losses
@@ -75,8 +75,8 @@ def kept_distances(
 )->dict[str, dict]:                 # Step, 'test', or 'copy' and split → measure → value, se, or why not; and 'protocol'
     "Distances between true clips and samples, at every step that has some, and of copying frame 0."
     if not measures: return {'protocol': {}}
-    drawn = sorted(Path(run_dir).glob('samples/step_*/drawn.safetensors'))
-    files = {str(int(f.parent.name[5:])): f for f in drawn}
+    drawn = {step: p/'drawn.safetensors' for step, p in steps_in(Path(run_dir)/'samples').items()}
+    files = {str(step): file for step, file in drawn.items() if file.exists()}
     known, told, protocol = {split: set_features(video.split(16), measures) for split, video in true.items()}, {}, {}
     for when, file in (files | {'test': Path(run_dir)/'samples'/'test.safetensors'}).items():
         split = 'test' if when == 'test' else 'validation'
@@ -137,7 +137,7 @@ def thinned(
 
 # %% ../nbs/16d_strategies.ipynb #c63ec3ad
 RECORD = 2  # Grows when what a record's numbers mean changes
-EARLIER = {1: 'measured with the old judge and calibration (s at the first weights)'} # Read still, and said
+EARLIER = {1: 'measured with the old judge and calibration (s set where training starts)'} # Read still, and said
 NEEDED = ('strategy', 'seed', 'psi', 'curve', 'test', 'protocol')
 
 def run_record(
@@ -183,7 +183,7 @@ def read_sweep(
     folder:Path,    # Of a sweep, or of one run
 )->list[dict]:      # Records of finished runs
     "All finished runs of a sweep."
-    found = [p for pattern in ('metrics.json', '*/metrics.json') for p in sorted(Path(folder).glob(pattern))]
+    found = [p for pattern in ('metrics.json', '[!.]*/metrics.json') for p in sorted(Path(folder).glob(pattern)) if p.is_file()]
     if not found: raise FileNotFoundError(f'no finished run in {folder}: a finished run has a metrics.json')
     return [read_record(p) for p in found]
 
@@ -262,10 +262,10 @@ def over_seeds(
     out = dict(mean=mean(a.values()) if a else None, seeds=len(a), pairs=len(shared))
     if arm is base: return out | dict(level=out['mean'])
     if not shared: return out
-    x, y = [a[s] for s in shared], [b[s] for s in shared]
-    told = paired_interval(x, y) if len(shared) > 1 else dict(mean=x[0] - y[0])
+    x, y = (torch.tensor([v[s] for s in shared], dtype=torch.double) for v in (a, b))
+    told = paired_interval(x, y) if len(shared) > 1 else dict(mean=float(x - y))
     ends = {k: told[k] for k in ('low', 'high') if k in told}
-    return out | dict(base=mean(y), difference=told['mean'], level=mean(b.values()) + told['mean']) | ends
+    return out | dict(base=float(y.mean()), difference=told['mean'], level=mean(b.values()) + told['mean']) | ends
 
 # %% ../nbs/16d_strategies.ipynb #ea0ab698
 def verdict(
@@ -643,7 +643,7 @@ def sampled(
     step:int,           # Of the validation
 )->dict[str, tuple[Tensor, Tensor]]: # Clip → true and sampled `(T,3,H,W)` in [-1,1]
     "Samples of a run, beside the true clips."
-    files = sorted((Path(folder)/'samples'/f'step_{step:07d}').glob('*.mp4'))
+    files = sorted((Path(folder)/'samples'/f'step_{step:07d}').glob('[!.]*.mp4'))
     if not files: raise FileNotFoundError(f'{folder} kept no samples at step {step}: it has {sorted(p.name for p in (Path(folder)/"samples").glob("step_*"))}')
     return {p.stem: tuple(to_float(read_video(p)).chunk(2, -1)) for p in files}
 
@@ -677,7 +677,7 @@ def kept_near(
 )->int:                 # Step
     "The validation nearest to a step, of those whose samples all of them kept."
     folders = [by[name][shared_seed(by, names)]['folder'] for name in names]
-    kept = set.intersection(*({int(p.name[5:]) for p in (f/'samples').glob('step_*')} for f in folders))
+    kept = set.intersection(*(set(steps_in(f/'samples')) for f in folders))
     if not kept: raise FileNotFoundError(f"no step has samples in all of {', '.join(map(str, folders))}")
     return min(kept, key=lambda step: (abs(step - wanted), step))
 
@@ -718,7 +718,7 @@ def record_sweep(
         for name in ('asked.json', 'params.json', 'versions.json'):
             if (here/name).exists(): shutil.copy(here/name, there/name)
         for step in [s for s, names in samples.items() if r['strategy'] in names and r['psi'] == 1 and r['seed'] == seed]:
-            files = sorted((here/'samples'/f'step_{step:07d}').glob('*.mp4'))
+            files = sorted((here/'samples'/f'step_{step:07d}').glob('[!.]*.mp4'))
             for file in files[::max(1, (len(files) - 1)//max(1, clips - 1))][:clips]:
                 (there/file.relative_to(here)).parent.mkdir(parents=True, exist_ok=True); shutil.copy(file, there/file.relative_to(here))
     return [r['folder'].name for r in runs]

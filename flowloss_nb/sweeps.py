@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
-from .records import plain, read_json, same, write_json, write_text
+from .records import plain, read_json, same, steps_in, write_json, write_text
 from .runs import find_notebook, fit_params, markdown_table, read_params, run_notebook
 
 # %% ../nbs/16a_sweeps.ipynb #5a715ac1
@@ -78,11 +78,12 @@ def do_run(
     asked, params = place/'asked.json', plain(run.params, spelt=True)
     try:
         if asked.exists() and not same(old := read_json(asked), params): return told('failed', f'{place} was begun with other parameters: {old}')
-        if not (there := (place/'metrics.json').exists()):
+        here = not (place/'metrics.json').exists()
+        if here:
             write_json(asked, params); (place/'failed.txt').unlink(missing_ok=True)
-            run_when_free(notebook, place, run.params, start + patience)
+            here = run_when_free(notebook, place, run.params, start + patience)
         read_json(place/'metrics.json', object); (place/'failed.txt').unlink(missing_ok=True)
-        return told('was done' if there else 'done')
+        return told('done' if here else 'was done')
     except Exception as e: return told('failed', failed(place, e))
 
 # %% ../nbs/16a_sweeps.ipynb #264f6d85
@@ -91,10 +92,13 @@ def run_when_free(
     place:Path,     # The run's folder
     params:dict,    # Parameters of the notebook
     until:float,    # When to stop waiting, seconds since the epoch
-)->Path:            # The run's folder
-    "Run a notebook once nobody else holds its folder."
+)->bool:            # Was it run here? False: somebody else has finished it meanwhile
+    "Run a notebook once nobody else holds its folder, if there is still something to run."
     while True:
-        try: return run_notebook(notebook, place, params)
+        try: run_notebook(notebook, place, params); return True
+        except FileExistsError:
+            if not (Path(place)/'metrics.json').exists(): raise
+            return False
         except RuntimeError as e:
             if 'is in use by process' not in str(e) or time.time() > until: raise
         time.sleep(1)
@@ -129,8 +133,10 @@ def done_here(
     jobs:int,           # How many at a time
 )->Iterator[dict]:      # As `do_run`
     "Runs side by side on this machine, as they end."
-    with ThreadPoolExecutor(jobs) as pool:
+    pool = ThreadPoolExecutor(jobs)
+    try:
         for f in as_completed([pool.submit(apart, notebook, folder, r) for r in runs]): yield f.result()
+    finally: pool.shutdown(cancel_futures=True)     # Ctrl-C reaches what runs, and nothing more is begun
 
 # %% ../nbs/16a_sweeps.ipynb #454bb93f
 def done_on_ray(
@@ -180,7 +186,7 @@ def progress(
     rows = []
     for r in expand(plan):
         place = Path(folder).expanduser()/r.name
-        last = max((int(p.name[5:]) for p in place.glob('**/checkpoints/step_*')), default=None)
+        last = max((step for p in (place, *place.glob('[!.]*/')) for step in steps_in(p/'checkpoints')), default=None)
         state = 'failed' if (place/'failed.txt').exists() else 'done' if (place/'metrics.json').exists() else 'begun' if place.exists() else 'waiting'
         rows.append(dict(run=r.name, state=state, step=last, notebook=str(place/'notebook.ipynb') if state == 'failed' else ''))
     return rows
@@ -200,6 +206,7 @@ def main(
         plan = read_params(a.file)
         if a.show: print(markdown_table(progress(plan, a.folder))); return 0
         rows = sweep(plan, a.folder, a.jobs, a.cluster, a.gpus)
+    except KeyboardInterrupt: print('interrupted: start the same sweep again, and it goes on', file=sys.stderr); return 130
     except (ValueError, OSError, RuntimeError, ImportError) as e: print(f'error: {e}', file=sys.stderr); return 1
     failed = [r for r in rows if r['state'] == 'failed']
     for r in failed: print(f"\n{r['run']} failed; its notebook: {Path(a.folder)/r['run']/'notebook.ipynb'}\n{r['error']}", file=sys.stderr)

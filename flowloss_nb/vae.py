@@ -10,7 +10,7 @@ import torch
 from pathlib import Path
 from torch import Generator, Tensor, nn
 from safetensors import safe_open
-from safetensors.torch import load_file
+from .clips import read_tensors
 from .codecs import pick_frames
 
 # %% ../nbs/11b_vae.ipynb #c006
@@ -94,7 +94,7 @@ def load_vae(
     if not path.exists(): raise FileNotFoundError(f'{path}: no such codec; train one with experiments/train_codec')
     with safe_open(path, 'pt') as f: kind = (f.metadata() or {}).get('kind')
     if kind != 'SmallVAE': raise ValueError(f'{path} holds a {kind}, not a SmallVAE')
-    state = load_file(path)
+    state = read_tensors(path)
     vae = SmallVAE(len(state['mean0']), len(state['encoder.0.weight']))
     vae.load_state_dict(state)
     return vae.eval().requires_grad_(False)

@@ -13,8 +13,8 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from safetensors.torch import load_file, save_file
-from .clips import atomic_path, contact_sheet, file_name, take, to_float, to_uint8, write_video
+from safetensors.torch import save_file
+from .clips import atomic_path, contact_sheet, file_name, read_tensors, take, to_float, to_uint8, write_video
 from .edm import expand, wide
 from .metrics import clip_measures, copy_first, summarise
 from .step import stream
@@ -104,7 +104,7 @@ def kept_clips(
     path:Path,      # Written by `keep_clips`
 )->Tensor:          # (B,T,3,H,W) in [-1,1]
     "Clips that were kept."
-    return to_float(load_file(path)['video'])
+    return to_float(read_tensors(path)['video'])
 
 # %% ../nbs/15b_validation.ipynb #c022
 def measure(

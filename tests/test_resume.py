@@ -2,7 +2,7 @@
 
 As a script this file is the one process that imports torch once and forks the runs; it computes nothing itself, so forking is safe.
 """
-import errno, json, os, random, signal, subprocess, sys, time, traceback
+import errno, json, os, random, shutil, signal, subprocess, sys, time, traceback
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from torch import nn
 from flowloss_nb import records, trainer
 from flowloss_nb.clips import ClipSet
 from flowloss_nb.edm import denoise
+from flowloss_nb.runs import make_room, new_run
 from flowloss_nb.trainer import TrainParams, train
 
 PARAMS = TrainParams(steps=60, batch_size=4, warmup=5, lr=0.01, checkpoint_every=3, validate_every=7, ratio_every=4,
@@ -173,5 +174,96 @@ def test_full_disk_while_saving(tmp_path, monkeypatch):
 
 def test_folder_in_use_names_the_process(tmp_path):
     with records.lock_run(tmp_path), pytest.raises(RuntimeError, match=f'in use by process {os.getpid()}'): go(tmp_path)
+
+# ---- overwriting
+
+FEW = replace(PARAMS, steps=3, tensorboard=False)
+OTHER = replace(FEW, lr=1., seed=5)
+
+class Killed(BaseException): "Raised in place of a kill; from then on nothing reaches the disk."
+
+class deadly_disk:
+    "Every step on the disk counts; the n-th and all after it don't happen."
+    STEPS = ('rename', 'replace', 'mkdir', 'unlink', 'rmdir')
+    def __init__(self, monkeypatch, n): self.patch, self.n, self.done = monkeypatch, n, 0
+    def __enter__(self):
+        for name in self.STEPS: self.patch.setattr(os, name, self.counted(getattr(os, name)))
+        return self
+    def counted(self, real):
+        def call(*a, **k):
+            self.done += 1
+            if self.done >= self.n: raise Killed
+            return real(*a, **k)
+        return call
+    def __exit__(self, kind, *_): self.patch.undo(); return kind is Killed
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    "A finished run with all that a run may leave, and what the run that shall take its place ends with."
+    torch.set_num_threads(1); root = tmp_path_factory.mktemp('overwrite')
+    new_run(root/'old', {'lr': FEW.lr}); go(root/'old', params=FEW); go(root/'new', params=OTHER, seed=5)
+    shutil.copytree(root/'old'/'checkpoints', root/'old'/'recon-0'/'checkpoints')
+    for name in ('scale.json', 'samples/step_0000003/drawn.safetensors', 'cache/flow.safetensors', 'notebook.lock', 'metrics.json'):
+        (root/'old'/name).parent.mkdir(parents=True, exist_ok=True); (root/'old'/name).write_text('1')
+    return root
+
+def weights(run_dir): return (records.latest_checkpoint(run_dir)/'model.safetensors').read_bytes()
+
+def test_overwriting_killed_at_each_step(finished, tmp_path, monkeypatch):
+    "Whenever overwriting is cut short, the next start finishes it, or finds the old run untouched; nothing of the old run gets into the new one."
+    n, alive = 0, False
+    files = lambda at: {str(p.relative_to(at)) for p in at.rglob('*') if p.name != 'lock'}
+    while not alive:
+        n += 1; run = tmp_path/f'{n}'; shutil.copytree(finished/'old', run)
+        with deadly_disk(monkeypatch, n): make_room(run, overwrite=True); alive = True
+        begun = (run/'.going').exists() or not (run/'metrics.json').exists()
+        if not begun:
+            assert files(run) == files(finished/'old'), 'killed before it began: the old run is whole'
+            with pytest.raises(FileExistsError, match='holds a finished run'): make_room(run, overwrite=False)
+            with pytest.raises(ValueError, match='train.lr: 0.01 → 1.0'): go(run, params=OTHER, seed=5)
+        if n % 3 == 0 or not begun: make_room(run, overwrite=True)
+        if n % 3 == 1: make_room(run, overwrite=False)
+        if n % 4 == 0: new_run(run, {'lr': OTHER.lr})
+        if n % 3 == 2 and n % 4: go(run, params=OTHER, seed=5); assert weights(run) == weights(finished/'new') != weights(finished/'old')
+        left = files(run) - files(finished/'new') - {'notebook.lock', 'versions.json'}
+        assert not left and not (run/'metrics.json').exists(), (n, left)
+        if (run/'params.json').exists(): assert 'experiment' not in (told := records.read_json(run/'params.json')) or told['experiment'] == {'lr': OTHER.lr}
+        shutil.rmtree(run)
+    assert n > 20, 'so many steps were there'
+
+def test_old_checkpoints_under_new_parameters_are_refused(finished, tmp_path):
+    "What an interrupted overwriting of an earlier version left; deleted or copied by hand."
+    for name, spoil in {'deleted': lambda p: p.unlink(), 'lies': lambda p: p.write_text((finished/'new'/'params.json').read_text())}.items():
+        shutil.copytree(finished/'old', tmp_path/name); spoil(tmp_path/name/'params.json')
+        with pytest.raises(ValueError, match='train.lr: 0.01 → 1.0; train.seed: 0 → 5'): go(tmp_path/name, params=OTHER, seed=5)
+        assert weights(tmp_path/name) == weights(finished/'old')
+    go(tmp_path/'deleted', params=replace(FEW, steps=4, checkpoint_every=1, keep=1), seed=9)
+    assert records.latest_checkpoint(tmp_path/'deleted').name == 'step_0000004'
+
+# ---- what else lies there
+
+TORN = {'inside a letter': b'{"kind": "validation", "note": "\xcf', 'zeros': b'\0'*100, 'half a line and zeros': b'{"kind"\0\0\n', 'a line in a torn one': b'{"kind": "tr{"step": 9}\n', 'nonsense': b'{"ki\n{"step": 9}\n'}
+
+@pytest.mark.filterwarnings('ignore:.*is left out')
+@pytest.mark.parametrize('end', TORN)
+def test_goes_on_after_a_torn_log(finished, tmp_path, end):
+    shutil.copytree(finished/'old', tmp_path/'run')
+    with (tmp_path/'run'/'log.jsonl').open('ab') as f: f.write(TORN[end])
+    go(tmp_path/'run', params=replace(FEW, steps=4))
+    assert [l['step'] for l in records.read_log(tmp_path/'run', 'train')] == [1, 2, 3, 4]
+    assert story(tmp_path/'run')[:4] == story(finished/'old')[:4]
+
+def test_strays_hinder_no_run(finished, tmp_path):
+    "What file managers, network disks and people leave among checkpoints is neither deleted nor read."
+    folder = tmp_path/'run'/'checkpoints'; folder.mkdir(parents=True)
+    strays = ('.DS_Store', '.nfs00000001', '.gitkeep', 'step_0000100', 'step_0000002.copy', '._step_0000003')
+    for name in strays: (folder/name).write_text('not ours')
+    go(tmp_path/'run', params=replace(FEW, checkpoint_every=1, keep=1))
+    assert {p.name for p in folder.iterdir()} == {*strays, 'step_0000003'} and weights(tmp_path/'run') == weights(finished/'old')
+
+def test_tensors_are_read_in_one_place():
+    "`clips.read_tensors` copies; a tensor that stays mapped to a file is lost with the file."
+    found = [p.name for p in Path(records.__file__).parent.rglob('*.py') if 'load_file(' in p.read_text()]
+    assert found == ['clips.py']
 
 if __name__ == '__main__': script(Path(sys.argv[1]))
