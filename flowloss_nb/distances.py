@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from .clips import check_video, resize_video, to_uint8
 from .i3d import I3D_FVD, I3D_SCRIPT, i3d_looks, load_i3d, load_script, script_looks
-from .metrics import as_shown, check_units, copy_first, on_screen, wide
+from .edm import wide
+from .metrics import as_shown, check_units, copy_first, on_screen
 from .scale import run_device
 from .official import Official, check_hash, find_official, fit_state, read_tensors
 
