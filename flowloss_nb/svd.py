@@ -61,7 +61,8 @@ def read_beside(
     told, film = folder/'flowloss.json', folder/'film.safetensors'
     try: kept = json.loads(told.read_text()) if told.is_file() else {}
     except ValueError as e: raise ValueError(f'{told} is damaged: {e}') from None
-    if kept.get('film') and not film.is_file(): raise FileNotFoundError(f'{film} is missing, though {told} tells of it')
+    if kept.get('film') and not film.is_file():
+        raise FileNotFoundError(f'{film} is missing, though {told} tells of it')
     return kept, read_tensors(film) if film.is_file() else {}
 
 def load_svd(
@@ -73,12 +74,17 @@ def load_svd(
     "SVD's UNet as a denoiser, with prompt and FiLM if wanted."
     folder, words = check_folder(folder), load_text(text) if text else None
     kept, trained = read_beside(folder)
-    if trained and not words and film is not False: raise ValueError(f'{folder} has trained FiLM, which needs prompts: give `text`, a folder with text encoder and tokenizer, or film=False to do without')
-    unet = UNetSpatioTemporalConditionModel.from_pretrained(folder, subfolder='unet', local_files_only=True, use_safetensors=True, variant=variant_of(folder/'unet'))
+    if trained and not words and film is not False: raise ValueError(
+        f'{folder} has trained FiLM, which needs prompts: give `text`, a folder with text encoder '
+        'and tokenizer, or film=False to do without')
+    unet = UNetSpatioTemporalConditionModel.from_pretrained(folder, subfolder='unet',
+        variant=variant_of(folder/'unet'), local_files_only=True, use_safetensors=True)
     width = unet.config.cross_attention_dim
     if words and words.net.net.config.hidden_size != width: raise ValueError(f'{text}: its tokens are {words.net.net.config.hidden_size} wide, the UNet in {folder} wants {width}')
     wanted = words and (kept.get('film', True) if film is None else film)
-    denoiser = Denoiser(unet, words, load_image(folder), gain=False, film=width if wanted else None, joint=words is not None, ids=kept.get('ids', (7., 200., .1)) if ids is None else ids)
+    told = kept.get('ids', (7., 200., .1)) if ids is None else ids
+    denoiser = Denoiser(unet, words, load_image(folder), gain=False, film=width if wanted else None,
+                        joint=words is not None, ids=told)
     if wanted and trained: denoiser.film.load_state_dict(trained)
     return denoiser
 
@@ -132,8 +138,9 @@ def save_svd(
 def clear_parts(
     folder:Path,    # Is about to be written
 ):
-    "Delete what killed saves of this folder left a day ago or more; a younger one may still be at work."
+    "Delete what killed saves left a day ago or more; a younger one may be at work."
     start = f'.{folder.name[:40]}.'
     for left in folder.parent.iterdir() if folder.parent.is_dir() else ():
-        ours = left.name.startswith(start) and left.name.endswith('.part') and left.is_dir()
-        if ours and (left.name == f'{start}part' or time.time() - left.stat().st_mtime > 86400): shutil.rmtree(left, ignore_errors=True)
+        if not (left.name.startswith(start) and left.name.endswith('.part') and left.is_dir()): continue
+        old = left.name == f'{start}part' or time.time() - left.stat().st_mtime > 86400
+        if old: shutil.rmtree(left, ignore_errors=True)
