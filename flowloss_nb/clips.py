@@ -136,7 +136,8 @@ def read_tensors(
 )->dict:              # Name → tensor
     "Read named tensors; the file may go afterwards."
     try: return {k: v.to(device, copy=True) for k, v in load_file(path).items()}
-    except SafetensorError as e: raise SafetensorError(f'{path} is damaged, or no safetensors file: {e}') from None
+    except SafetensorError as e:
+        raise SafetensorError(f'{path} is damaged, or no safetensors file: {e}') from None
 
 # %% ../nbs/01_clips.ipynb #25306e91
 def file_name(

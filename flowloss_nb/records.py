@@ -79,7 +79,8 @@ def set_aside(
     "Move all that a run left out of sight; once begun, it will be finished."
     going = Path(run_dir)/'.going'; place = going/own_name()
     place.mkdir(parents=True); sync(run_dir)
-    left = [p for p in Path(run_dir).iterdir() if p.name not in (*LOCKS, going.name) and not p.name.startswith('.nfs')]
+    stays = lambda p: p.name in (*LOCKS, going.name) or p.name.startswith('.nfs')
+    left = [p for p in Path(run_dir).iterdir() if not stays(p)]
     for p in sorted(left, key=lambda p: p.name != 'metrics.json'): p.rename(place/p.name)
     going.rename(going.with_name(f'.gone-{own_name()}')); sync(run_dir)
 
@@ -108,9 +109,11 @@ def lock_run(
             f.seek(0); raise RuntimeError(f"run folder {run_dir} is in use by process {f.read().strip() or '?'}: "
                 "wait until it ends, stop it, or choose another folder") from None
         except OSError as e:
-            raise OSError(f'run folder {run_dir} cannot be locked ({e.strerror}): choose one on another disk') from None
+            raise OSError(f'run folder {run_dir} cannot be locked ({e.strerror}): '
+                          'choose one on another disk') from None
         with suppress(OSError):     # a full disk takes no name, and holds the lock all the same
-            os.ftruncate(f.fileno(), 0); os.write(f.fileno(), f'{os.getpid()} on {socket.gethostname()}'.encode())
+            os.ftruncate(f.fileno(), 0)
+            os.write(f.fileno(), f'{os.getpid()} on {socket.gethostname()}'.encode())
         sweep_up(run_dir)
         yield
 
@@ -185,7 +188,8 @@ def read_log(
     for i, (text, told) in enumerate(map(parse_line, raw), 1):
         if told is not None: lines.append(told)
         elif text and i < len(raw) and b'\0' not in raw[i-1]:
-            raise ValueError(f'{path}, line {i} is damaged: {text[:60]!r}. Take it out, or start the run again, which does')
+            raise ValueError(f'{path}, line {i} is damaged: {text[:60]!r}. '
+                             'Take it out, or start the run again, which does')
     return [l for l in lines if kind is None or l.get('kind') == kind]
 
 # %% ../nbs/13b_records.ipynb #c033
@@ -197,8 +201,11 @@ def cut_log(
     if not Path(path).exists(): return
     keep, raw = [], Path(path).read_bytes().split(b'\n')
     for i, (text, told) in enumerate(map(parse_line, raw), 1):
-        if told is None and text and i < len(raw): warnings.warn(f'{path}, line {i} was damaged and is left out')
-        elif told is not None and not (isinstance(told.get('step'), (int, float)) and told['step'] > step): keep.append(text)
+        if told is None and text and i < len(raw):
+            warnings.warn(f'{path}, line {i} was damaged and is left out')
+        said = (told or {}).get('step')
+        late = isinstance(said, (int, float)) and said > step
+        if told is not None and not late: keep.append(text)
     write_text(path, ''.join(text.decode() + '\n' for text in keep))
 
 # %% ../nbs/13b_records.ipynb #c037
@@ -206,8 +213,8 @@ def steps_in(
     folder:Path,      # E.g. a run's `checkpoints` or `samples`
 )->dict[int, Path]:   # Step → its folder, in order
     "The folders named after steps; whatever else lies there is somebody else's."
-    found = [p for p in Path(folder).glob('step_*') if re.fullmatch(r'step_\d{7,}', p.name) and p.is_dir()]
-    return {step: p for step, p in sorted((int(p.name[5:]), p) for p in found)}
+    named = [p for p in Path(folder).glob('step_*') if re.fullmatch(r'step_\d{7,}', p.name)]
+    return dict(sorted((int(p.name[5:]), p) for p in named if p.is_dir()))
 
 def list_checkpoints(
     run_dir:Path, # The run's folder
@@ -248,15 +255,17 @@ def save_checkpoint(
     keep:int=2,   # How many checkpoints to keep, the newest
 )->Path:          # The new checkpoint
     "Save a checkpoint, whole or not at all; then drop the oldest ones."
-    folder = Path(run_dir)/'checkpoints'; final, part = folder/f'step_{step:07d}', folder/f'.new_{own_name()}'
-    if final.is_dir(): raise FileExistsError(f'{final} exists: a finished checkpoint is never overwritten')
+    folder = Path(run_dir)/'checkpoints'
+    final, part = folder/f'step_{step:07d}', folder/f'.new_{own_name()}'
+    if final.is_dir():
+        raise FileExistsError(f'{final} exists: a finished checkpoint is never overwritten')
     clear_temporary(folder)
     try:
         part.mkdir(parents=True)
         for name, named in tensors.items(): save_tensors(part/f'{name}.safetensors', named)
         carry_params(run_dir, part)
         write_json(part/'state.json', {**state, 'step': step}); sync(part)
-        if final.exists(): final.rename(f'{final}.not_a_checkpoint')    # a file that somebody left in our place
+        if final.exists(): final.rename(f'{final}.not_a_checkpoint')    # somebody's file
         part.rename(final); sync(folder)
     except (OSError, SafetensorError) as e:
         shutil.rmtree(part, ignore_errors=True)
@@ -299,8 +308,11 @@ def load_checkpoint(
 )->tuple[dict, dict]: # {file name: {name: tensor}}, the plain numbers
     "Read a checkpoint."
     path = Path(path)
-    if not (path/'state.json').exists(): raise FileNotFoundError(f'{path} is no checkpoint: it has no state.json')
-    try: tensors, state = {f.stem: read_tensors(f, str(device)) for f in sorted(path.glob('[!.]*.safetensors'))}, read_json(path/'state.json')
+    if not (path/'state.json').exists(): raise FileNotFoundError(
+        f'{path} is no checkpoint: it has no state.json. Move it away: the run goes on from the one before')
+    try:
+        files = sorted(path.glob('[!.]*.safetensors'))
+        tensors, state = {f.stem: read_tensors(f, str(device)) for f in files}, read_json(path/'state.json')
     except (SafetensorError, ValueError) as e:
         raise ValueError(f'checkpoint {path} is damaged: {e}. '
                          'Delete that folder: the run goes on from the one before') from None

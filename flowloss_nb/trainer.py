@@ -100,15 +100,18 @@ def check_fits(
     counters:dict,    # Its plain numbers
 ):
     "Refuse a checkpoint of another kind of run, saying what differs."
-    unknown = sorted({k for k in counters if not k.startswith('scaler_')} - {*state.counters()})
-    if unknown: raise ValueError(f"checkpoint {path} is another version's: it counts {', '.join(unknown)}, which this one "
-                                 "doesn't know; go on with that version, or choose another folder")
-    if missing := {'model', 'optimizer'} - {*tensors}: raise ValueError(f"checkpoint {path} lacks {', '.join(sorted(missing))}: "
-                                 'delete that folder: the run goes on from the one before')
-    if state.averages() != ('ema' in tensors): raise ValueError(f"checkpoint {path} has {'an' if 'ema' in tensors else 'no'} "
-        f"average, and this run keeps {'one' if state.averages() else 'none'}: give ema as it was, or choose another folder")
-    if odd := sorted({k.rsplit('/', 1)[0] for k in tensors['optimizer']} - {*state.trained()}): raise ValueError(
-        f"checkpoint {path} trained {', '.join(odd[:3])}{' …' if odd[3:] else ''}, which isn't trained here: choose the same parts")
+    def need(good, what):
+        if not good: raise ValueError(f'checkpoint {path} {what}')
+    unknown = {k for k in counters if not k.startswith('scaler_')} - {*state.counters()}
+    need(not unknown, f"is another version's: it counts {', '.join(sorted(unknown))}, which this one doesn't know; "
+                      'go on with that version, or choose another folder')
+    need(tensors.keys() >= {'model', 'optimizer'}, 'lacks model or optimizer. Delete that folder: '
+                                                   'the run goes on from the one before')
+    has, wants = 'ema' in tensors, state.averages()
+    need(has == wants, f"has {'an' if has else 'no'} average, and this run keeps {'one' if wants else 'none'}: "
+                       'give ema as it was, or choose another folder')
+    odd = sorted({k.rsplit('/', 1)[0] for k in tensors['optimizer']} - {*state.trained()})
+    need(not odd, f"trained {', '.join(odd[:3])}, which isn't trained here: choose the same parts")
 
 def restore_state(
     state:TrainState, # Changed in place
@@ -397,7 +400,8 @@ def load_ema(
     last = latest_checkpoint(run_dir)
     if last is None: raise FileNotFoundError(f'no checkpoint in {run_dir}: has the run got as far as the first?')
     found = [f for f in (last/'ema.safetensors', last/'model.safetensors') if f.exists()]
-    if not found: raise FileNotFoundError(f'{last} holds no weights: delete that folder, and the run goes on from the one before')
+    if not found: raise FileNotFoundError(
+        f'{last} holds no weights. Delete that folder: the run goes on from the one before')
     return load_weights(denoiser, found[0]).eval()
 
 # %% ../nbs/14_trainer.ipynb #c077
