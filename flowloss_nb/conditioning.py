@@ -87,7 +87,8 @@ class FiLM(nn.Module):
         nn.init.zeros_(self.linear.weight); nn.init.zeros_(self.linear.bias)
 
     def forward(self, h, condition):
-        gamma, beta = self.linear(condition.to(self.linear.weight)).to(h)[..., None, None].chunk(2, 1)
+        told = self.linear(condition.to(self.linear.weight)).to(h)
+        gamma, beta = told[..., None, None].chunk(2, 1)
         return (1 + gamma)*h + beta
 
 # %% ../nbs/12_conditioning.ipynb #c020

@@ -45,7 +45,7 @@ class Denoiser(nn.Module):
         film:int|None=None,                     # Width of the pooled prompt for FiLM; None: no FiLM
         joint:bool=False,                       # Normalise all tokens of a clip together, as This&That does
         ids:tuple=(0., 0., 0.),                 # Told beside σ; SVD: frames a second, motion bucket, noise on frame 0
-        sigma_range:tuple=(.02, 80.),           # Smallest and largest σ of sampling, what it was trained for; SVD: .002, 700
+        sigma_range:tuple=(.02, 80.),           # Smallest and largest σ of sampling; SVD: .002, 700
     ):
         super().__init__()
         self.unet, self.text, self.image, self.gain, self.joint, self.ids, self.pooled = unet, text, image, gain, joint, tuple(ids), None
@@ -148,4 +148,5 @@ def generate(
     cond = denoiser.condition(prompt, first, codec.encode_first(first if first_noise is None else first + first_noise))
     held = codec.encode(first[:, None].expand(-1, 2, -1, -1, -1))[:, 0]
     sigmas = sigma_schedule(steps, *getattr(denoiser, 'sigma_range', ()))
-    return codec.decode(sample_latents(denoiser, cond, noise, sigmas, order, guidance, held, progress), first)
+    z_hat = sample_latents(denoiser, cond, noise, sigmas, order, guidance, held, progress)
+    return codec.decode(z_hat, first)

@@ -118,7 +118,7 @@ def c_noise(
 def expand(
     sigma:Tensor|float, # One value per clip, `(B,)` or `(B, 1, ..., 1)`, or one for all
     x:Tensor,           # `(B, ...)`
-)->Tensor:              # `(B, 1, ..., 1)`, on the device of `x`, float32 or the dtype of `x` if that is more
+)->Tensor:              # `(B, 1, ..., 1)`, device of `x`, dtype too or float32
     "Shape per-clip values so that they broadcast against `x`."
     sigma = torch.as_tensor(sigma, dtype=None if torch.is_tensor(sigma) else torch.float64)
     if sigma.numel() != 1 and not sigma.numel() == len(x) == len(sigma):
@@ -133,7 +133,7 @@ def denoise(
     sigma:Tensor|float,  # Noise level σ > 0, one per clip (as `expand`) or one for all
     sigma_data:float=1., # Standard deviation of the clean data
 )->Tensor:               # D_x, the estimate of y, like `x`
-    "EDM's preconditioned denoiser D(x; σ); put together in float32 at least, whatever `x` and `F_x` are."
+    "EDM's preconditioned denoiser D(x; σ), put together in float32 at least."
     sigma = check_sigma(expand(sigma, x))
     F = F_x((c_in(sigma, sigma_data)*x).to(x.dtype), c_noise(sigma.flatten()))
     return (c_skip(sigma, sigma_data)*x + c_out(sigma, sigma_data)*F).to(x.dtype)
@@ -212,8 +212,8 @@ def sample(
     if not S_churn >= 0: raise ValueError(f"sample: S_churn is {S_churn}; fresh noise can't be negative")
     if not x.is_floating_point(): raise TypeError(f"sample: x is {x.dtype}, but noise is floating point")
     levels = check_schedule(sigmas)
-    steps, own, churned = list(zip(levels, levels[1:])), x.dtype, S_churn > 0 or generator is not None
-    x = wide(x)
+    steps, churned = list(zip(levels, levels[1:])), S_churn > 0 or generator is not None
+    own, x = x.dtype, wide(x)
     told = lambda x, sigma: D(x.to(own), sigma)
     for sigma, sigma_next in (progress or iter)(steps):
         gamma = min(S_churn/len(steps), 2**0.5 - 1) if S_min <= sigma <= S_max else 0.
