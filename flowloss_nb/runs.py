@@ -206,7 +206,7 @@ def run_notebook(
         done = run_dir/(f'notebook-{rank}.ipynb' if rank else 'notebook.ipynb')
         if 'run_dir' in known_parameters(source): params = {**params, 'run_dir': str(run_dir)}
         try: papermill.execute_notebook(str(source), str(done), params, cwd=str(source.parent), kernel_name=kernel,
-            language='python', execution_timeout=timeout, progress_bar=progress, log_output=False, config=quiet)
+            language='python', execution_timeout=timeout, start_timeout=1800, progress_bar=progress, log_output=False, config=quiet)
         except (papermill.PapermillExecutionError, DeadKernelError, CellTimeoutError) as e:
             why = failed_cell(done) or e
             said = str(why).split('\n\nStopped: ')[1:]
