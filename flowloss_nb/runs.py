@@ -297,8 +297,8 @@ def run_notebook(
         if 'run_dir' in known_parameters(source): params = {**params, 'run_dir': str(run_dir)}
         write_json(done, with_values(source, params))
         place = str(done).replace('{', '{{').replace('}', '}}')      # papermill formats paths
-        try: papermill.execute_notebook(place, place, cwd=str(source.parent), kernel_name=kernel,
-            language='python', execution_timeout=timeout, progress_bar=progress, log_output=False, config=quiet)
+        try: papermill.execute_notebook(place, place, cwd=str(source.parent), kernel_name=kernel, language='python',
+            execution_timeout=timeout, start_timeout=1800, progress_bar=progress, log_output=False, config=quiet)
         except (papermill.PapermillExecutionError, DeadKernelError, CellTimeoutError) as e:
             why = failed_cell(done) or e
             said = str(why).split('\n\nStopped: ')[1:]

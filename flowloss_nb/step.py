@@ -164,12 +164,13 @@ def widen(
 # %% ../nbs/13c_step.ipynb #c033
 @torch.no_grad()
 def update_ema(
-    ema:nn.Module,   # The average; changed in place, in float32 from now on if it was in half precision
+    ema:nn.Module,   # The average; changed in place, and float32 from now on
     model:nn.Module, # The weights as they are now
     decay:float,     # How much of the average stays
 ):
     "Move the average towards the weights; buffers are copied."
-    for a, b in zip(widen(ema).parameters(), model.parameters(), strict=True): a.lerp_(b.to(a), 1 - decay)
+    widen(ema)
+    for a, b in zip(ema.parameters(), model.parameters(), strict=True): a.lerp_(b.to(a), 1 - decay)
     for a, b in zip(ema.buffers(), model.buffers(), strict=True): a.copy_(b)
 
 # %% ../nbs/13c_step.ipynb #d5059505
@@ -199,7 +200,8 @@ def step_losses(
     shown, aug = video[:, 0], getattr(core, 'noise_aug', 0.)
     if aug: shown = shown + aug*draw_noise(p, step, where, shown.shape[1:], 'first').to(shown)
     with torch.no_grad(): z, first = batch['latent'] if 'latent' in batch else codec.encode(video), codec.encode_first(shown)
-    sigma, noise = (d.to(wide(z)) for d in (draw_sigma(p, step, where), draw_noise(p, step, where, z.shape[1:])))
+    sigma = draw_sigma(p, step, where).to(wide(z))
+    noise = draw_noise(p, step, where, z.shape[1:]).to(wide(z))
     cond = core.condition(batch['prompt'], video[:, 0], first, draw_drop(p, step, where).to(z.device))
     z_hat = denoiser((z + expand(sigma, z)*noise).to(z), sigma, cond)
     return objective(z_hat, z, batch, sigma, objective_stream(p, step, where, z.shape[1])), sigma
