@@ -11,6 +11,7 @@ import argparse, itertools, json, os, re, signal, subprocess, sys, threading, ti
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
+from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 from .records import plain, read_json, same, steps_in, write_json, write_text
@@ -26,7 +27,10 @@ def run_name(
     point:dict,     # What sets this run apart
 )->str:
     "Words that are fit for a folder: strategy=flow,seed=0."
-    return re.sub(r'[^\w.,=+-]+', '_', ','.join(f'{k}={v}' for k, v in point.items())) or 'run'
+    said = ','.join(f'{k}={v}' for k, v in point.items())
+    name = re.sub(r'[^\w.,=+-]+', '_', said) or 'run'
+    if len(name.encode()) <= 200: return name       # a disk takes 255 bytes
+    return name.encode()[:180].decode(errors='ignore') + '-' + blake2b(said.encode(), digest_size=6).hexdigest()
 
 # %% ../nbs/16a_sweeps.ipynb #3283ff78
 SHAPES = dict(notebook=str, params=dict, grid=dict, runs=list)

@@ -122,11 +122,16 @@ def test_parameter_files_fit():
 
 BAD = [('train', 'objective', 'flo'), ('train', 'K', '14'), ('train', 'K', '0'), ('train', 'psi', '0'), ('train', 'estimator', 'raft'), ('train', 'target', 'exakt'), ('train', 'test_clips', '0'), ('train', 'lr', 'inf'), ('compare', 'ratios', '[0]'),
        ('compare', 'objective', 'recon'), ('compare', 'seeds', '[]'), ('strategy', 'strategy', 'w'), ('strategy', 'clips', '301'), ('strategy', 'seed', '-1'), ('train_bridge', 'mixed_precision', 'False'), ('train_bridge', 'what', 'some'), ('train_bridge', 'ids', '[7, 200]'),
-       ('prepare_bridge', 'size', '256'), ('prepare_bridge', 'resampler', 'nearest'), ('explore', 'clips', 'train'), ('plan_scale', 'size', '[64, 96, 3]'), ('train_estimator', 'phases', '[[match, 1]]')]
+       ('prepare_bridge', 'size', '256'), ('prepare_bridge', 'resampler', 'nearest'), ('explore', 'clips', 'train'), ('plan_scale', 'size', '[64, 96, 3]'), ('train_estimator', 'phases', '[[match, 1]]'), ('train_estimator', 'config', '{edges: maybe}')]
 
 @pytest.mark.parametrize('book,name,value', BAD)
 def test_experiments_refuse_before_they_load(book, name, value):
     with pytest.raises(ValueError, match=f'^{name} must be '): fit_params(find_notebook(f'experiments/{book}'), {name: value})
+
+def test_values_in_pairs_have_types():
+    "`edges: no` was the text 'no', which switched edges on."
+    told = fit_params(find_notebook('experiments/train_estimator'), {'config': '{edges: no, visible_start: 9e-1, updates: 2e0, widths: [24, 32], context_widths: null}'})
+    assert told == {'config': dict(edges=False, visible_start=.9, updates=2, widths=(24, 32), context_widths=None)}
 
 PATHS = dict(train_bridge=('data', 'svd', 'text', 'weights', 'known', 'metric_weights'), prepare_bridge=('source', 'out'), train=('warm_start', 'weights'), compare=('warm_start', 'weights'), strategy=('weights',), explore=('folder', 'weights'),
              report=('folder',), fig3_noise=('folder', 'weights'), plan_scale=('small_svd',), train_estimator=('extra', 'init'), compare_estimators=('weights',), bench_step=('warm_start',))
