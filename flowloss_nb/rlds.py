@@ -231,6 +231,7 @@ def below(
 )->Iterator[str]:  # Paths
     "The data sets that lie in a folder."
     for folder in folders_in(root):
+        if re.fullmatch('traj_group[0-9]+', os.path.basename(folder)): continue
         if layout(folder): yield folder
         elif depth > 1: yield from below(folder, depth - 1)
 
