@@ -315,7 +315,8 @@ def explorer(
     "The explorer: controls above one figure, which follows them."
     from ipywidgets import HBox, Image, Layout, Play, VBox, link
     view, image = new_view(clips[0]['video'].shape[-2:]), Image(format='png', layout=Layout(width='1000px'))
-    c = controls(clips, lenses(stage, clips), START | (start or {}))
+    begin = START | dict(t=min(START['t'], len(clips[0]['video']) - 1)) | (start or {})
+    c = controls(clips, lenses(stage, clips), begin)
     def redraw(_=None):
         rule = weight_rule(c['strategy'].value, stage, c['psi'].value, s)
         image.value = paint(show(view, look(c['clip'].value, c['sigma'].value, c['estimator'].value), rule, c['t'].value))

@@ -68,9 +68,9 @@ def resize_flow(
 def epe(
     flow:Tensor,    # `(..., 2, H, W)` in pixels
     truth:Tensor,   # `(..., 2, H, W)` in pixels
-)->Tensor:          # `(..., H, W)` in pixels, ≥ 0
+)->Tensor:          # `(..., H, W)` in pixels, ≥ 0, float32 or finer
     "End-point error: length of the difference of two flows."
-    return torch.linalg.vector_norm(flow - truth, dim=-3)
+    return torch.linalg.vector_norm(full_precision(flow) - full_precision(truth), dim=-3)
 
 # %% ../nbs/05_flow.ipynb #c027
 def moving(
