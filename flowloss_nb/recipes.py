@@ -185,6 +185,7 @@ def calibrate(
 )->dict[str, float]:    # 's', the median 'ratio' found at s = 1, and 'after'
     "The s at which the flow gradient is `ratio` times the reconstruction gradient."
     if not ratio > 0: raise ValueError(f'ratio must be > 0, got {ratio}; for none use the objective recon')
+    if after < 0 or draws < 1: raise ValueError(f'calibrate needs draws ≥ 1 and after ≥ 0, got {draws} and {after}')
     one, found, step = choose_objective(name, stage, s=1., **objective), [], 0
     net, places = warmed(denoiser, stage, params, after), range(params.batch_size)
     weights = list(net.parameters())
