@@ -49,7 +49,7 @@ class Denoiser(nn.Module):
     ):
         super().__init__()
         self.unet, self.text, self.image, self.gain, self.joint, self.ids, self.pooled = unet, text, image, gain, joint, tuple(ids), None
-        self.sigma_range = tuple(sigma_range)
+        self.sigma_range = list(sigma_range)    # a list, which no hash of the network counts: D answers at every σ
         blocks = [b for level in (*unet.down_blocks, unet.mid_block, *unet.up_blocks) for b in level.resnets]
         self.film = nn.ModuleList(FiLM(film, b.spatial_res_block.out_channels) for b in blocks if film)
         for film_, block in zip(self.film, blocks): block.register_forward_hook(partial(self.modulate, film_))

@@ -96,7 +96,8 @@ def test_a_run_that_is_asked_to_end_saves(tmp_path):
     command = [sys.executable, '-m', 'flowloss_nb.runs', 'experiments/train', str(tmp_path), '-p', 'steps=100000', '-p', 'validate_every=0', '-p', 'clips=2']
     for asks, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         done, end = len(records.read_log(tmp_path)) if (tmp_path/'log.jsonl').exists() else 0, time.time() + PATIENCE
-        p = subprocess.Popen(command, env=os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT)), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        p = subprocess.Popen(command, env=os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT)), cwd=ROOT, stderr=subprocess.PIPE, text=True,
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # in the background Ctrl-C is ignored
         while not ((tmp_path/'log.jsonl').exists() and len(records.read_log(tmp_path)) > done + 2):
             assert p.poll() is None and time.time() < end, p.stderr.read()[-2000:]
             time.sleep(.5)
