@@ -161,7 +161,9 @@ def write_video(
     frames = (to_uint8(video) if video.is_floating_point() else video).cpu().numpy()
     if frames.ndim != 4: raise ValueError(f'write_video takes one clip (T,3,H,W), got {tuple(video.shape)}')
     if not len(frames): raise ValueError(f'no frames to write to {path}')
-    if not 1e-3 < fps <= 1e3: raise ValueError(f'fps must lie between 0.001 and 1000, got {fps}')
+    number = fps is not None and not isinstance(fps, str)
+    if not (number and 1e-3 < fps <= 1e3):
+        raise ValueError(f'fps must be a number between 0.001 and 1000, got {fps!r}')
     if '444' not in pix_fmt and (frames.shape[1] % 2 or frames.shape[2] % 2):
         raise ValueError(f'{frames.shape[1]}×{frames.shape[2]} pixels: mp4 wants even sides, use clips.resize_video')
     with atomic_path(path) as temp, av.open(str(temp), 'w', format='mp4') as file:
