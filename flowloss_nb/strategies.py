@@ -574,6 +574,7 @@ def stands_at(
 )->dict:                    # step: of the base's mean curve; seeds: the same seed by seed; None where the base never was there
     "At which step the base stood where a strategy ends."
     shared, steps = sorted(set(arm) & set(base)), at_steps(arm, base)
+    if not shared: raise ValueError(f'seeds {sorted(arm)} and {sorted(base)} have none in common: nothing is paired')
     ends = [at_step(arm[s], steps[-1], key) for s in shared]
     curves = [[at_step(base[s], t, key) for t in steps] for s in shared]
     seeds = [crossed(steps, c, e) for c, e in zip(curves, ends)]
