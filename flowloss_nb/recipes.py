@@ -24,7 +24,7 @@ from .dot import load_dot
 from .estimators import WEIGHTS, estimated_truth, load_torchvision, refuse_some, sees_whole, small_estimator
 from .losses import (averaged, flow_objective, hard_gate, large_gate, motion_weighted_objective, paper_scale,
     recon_objective, soft_gate, warp_objective)
-from .metaworld import load_clips
+from .metaworld import load_clips, read_manifest
 from .metrics import clip_measures, copy_first
 from .records import read_json
 from .scale import run_device
@@ -91,7 +91,7 @@ def embedded_stage(
 
 # %% ../nbs/16b_recipes.ipynb #c009
 def stage_denoiser(
-    stage:Stage,                            # Its prompts make the vocabulary
+    stage:Stage,                            # Its codec's channels, its device
     widths:tuple=(32, 64, 64),              # Channels of the levels, multiples of 32
     attends:tuple=(False, False, True),     # Which levels attend
     seed:int=0,                             # Of the initial weights
@@ -100,7 +100,8 @@ def stage_denoiser(
     "The small denoiser for this stage, where the stage is."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        text = WordEncoder(build_vocabulary(load_clips('train', 'fixed').prompts + load_clips('train').prompts))
+        known = [p for v in read_manifest()['presets'].values() for p in v['splits']['train']['prompts']]
+        text = WordEncoder(build_vocabulary(known))
     net = small_denoiser(text, len(stage.codec.E), len(stage.codec.E0), widths, attends, seed=seed).to(stage.device)
     return load_weights(net, init) if init else net
 
