@@ -12,8 +12,7 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
-from .clips import atomic_path, read_tensors
-from .edm import wide
+from .clips import atomic_path, full_precision, read_tensors
 
 # %% ../nbs/11_codecs.ipynb #c006
 def pick_frames(
@@ -30,7 +29,7 @@ def at_places(
     folded:Tensor,  # `(B,T,d,h,w)` or `(B,d,h,w)`
 )->Tensor:          # `(B,T,c,h,w)` or `(B,c,h,w)`, float32 or finer
     "A matrix applied at every place, in full precision whatever is around it."
-    kind = torch.promote_types(wide(matrix).dtype, folded.dtype)
+    kind = torch.promote_types(full_precision(matrix).dtype, folded.dtype)
     with torch.autocast(folded.device.type, enabled=False):
         return torch.einsum('cd,...dhw->...chw', matrix.to(kind), folded.to(kind))
 

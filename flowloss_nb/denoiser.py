@@ -12,8 +12,9 @@ import torch
 from diffusers import UNetSpatioTemporalConditionModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from .clips import full_precision
 from .conditioning import FiLM, ImageToken, drop_conditions
-from .edm import denoise, guide, hold_first, sample, sigma_schedule, wide
+from .edm import denoise, guide, hold_first, sample, sigma_schedule
 
 # %% ../nbs/13_denoiser.ipynb #c006
 def small_unet(
@@ -129,7 +130,7 @@ def sample_latents(
         null = drop_conditions(cond, torch.full((len(noise),), 2))
         D = guide(D, lambda x, sigma: denoiser(x, sigma, null), guidance)
     if held is not None: D = hold_first(D, held)
-    return sample(D, noise*sigmas[0], sigmas.to(wide(noise)), order, progress=progress)
+    return sample(D, noise*sigmas[0], sigmas.to(full_precision(noise)), order, progress=progress)
 
 @torch.no_grad()
 def generate(

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 import torch
 from torch import Tensor, nn
-from .clips import check_video, resize_video, to_uint8
+from .clips import check_video, full_precision, resize_video, to_uint8
 from .i3d import I3D_FVD, I3D_SCRIPT, i3d_looks, load_i3d, load_script, script_looks
-from .edm import wide
 from .metrics import as_shown, check_units, copy_first, on_screen
 from .scale import run_device
 from .official import Official, check_hash, find_official, fit_state, read_tensors
@@ -143,7 +142,7 @@ def time_as_colour(
 )->Tensor:         # `(B,looks,3,H,W)`: frames t-1, t, t+1 in grey as red, green, blue
     "Pictures in which what moves has colour."
     if video.shape[1] < 3: raise ValueError(f"time as colour takes clips of at least 3 frames, got {video.shape[1]}")
-    grey, t = wide(video).mean(2), torch.linspace(1, video.shape[1] - 2, looks).round().long()
+    grey, t = full_precision(video).mean(2), torch.linspace(1, video.shape[1] - 2, looks).round().long()
     return torch.stack([grey[:, t - 1], grey[:, t], grey[:, t + 1]], 2)
 
 def clip_looks(

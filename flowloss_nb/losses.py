@@ -12,9 +12,10 @@ from collections.abc import Callable
 from functools import partial
 import torch
 from torch import Tensor, nn
+from .clips import full_precision
 from .edm import check_sigma, loss_weight
 from .estimators import refuse_some
-from .flow import full_precision, grid, in_float32, sample_at, target_frames
+from .flow import grid, in_float32, sample_at, target_frames
 
 # %% ../nbs/10_losses.ipynb #032be52c
 def clip_sigma(
@@ -127,12 +128,12 @@ def clip_flow_error(
         raise ValueError(f'a target frame is named twice: {targets.tolist()}')
     (b, K), T, at = targets.shape, video.shape[1], partial(torch.arange, device=video.device)
     refuse_some(estimator, K, T, batch)
-    each, F, frames = at(b)[:, None], in_float32(estimator), torch.cat([0*targets[:, :1], targets], 1)
+    each, look, frames = at(b)[:, None], in_float32(estimator), torch.cat([0*targets[:, :1], targets], 1)
     def anchors(t): return {'tracks': batch['tracks'][each, t]} if 'tracks' in batch else {}
-    flow, _ = F(codec.decode(z_hat, video[:, 0], frames), at(1, K + 1), **anchors(frames))
+    flow, _ = look(codec.decode(z_hat, video[:, 0], frames), at(1, K + 1), **anchors(frames))
     t = targets - 1
     if 'flow' in batch: return flow_error(flow, batch['flow'][each, t], batch['visible'][each, t])
-    with torch.no_grad(): truth, visible = F(video, targets, **anchors(at(T)))
+    with torch.no_grad(): truth, visible = look(video, targets, **anchors(at(T)))
     return flow_error(flow, truth, visible > .5)
 
 # %% ../nbs/10_losses.ipynb #c037

@@ -13,8 +13,7 @@ from collections.abc import Callable
 import torch
 from scipy.stats import t as student_t
 from torch import Generator, Tensor
-from .clips import check_batch, check_video
-from .edm import wide
+from .clips import check_batch, check_video, full_precision
 from .flow import epe, moving
 from .losses import flow_error
 
@@ -23,7 +22,7 @@ def on_screen(
     video:Tensor, # Clips; may lie outside [-1, 1]
 )->Tensor:        # In [-1, 1] and in float32 at least
     "Clips as they would be shown."
-    return wide(video).clamp(-1, 1)
+    return full_precision(video).clamp(-1, 1)
 
 # %% ../nbs/15_metrics.ipynb #a7b00004
 def check_units(
@@ -64,7 +63,7 @@ def clip_mean(
     mask:Tensor|None=None, # Where to look: bool, broadcasts to `values`; None: everywhere
 )->Tensor:                 # `(B,)`; nan for a clip whose mask is empty
     "Mean per clip, over the pixels in `mask`."
-    values = wide(values)
+    values = full_precision(values)
     if mask is None: return values.flatten(1).mean(1)
     mask = mask.expand_as(values)
     return values.where(mask, 0.).flatten(1).sum(1) / mask.flatten(1).sum(1)
@@ -151,7 +150,7 @@ def motion_epe(
 )->dict[str, Tensor]:      # 'epe_all' and 'epe_moving', pixels, `(B,)` each; nan where nothing moves
     "End-point error over all pixels, and over moving visible ones."
     check_flows(flow_hat, flow, visible)
-    flow_hat, flow = wide(flow_hat), wide(flow)
+    flow_hat, flow = full_precision(flow_hat), full_precision(flow)
     error = epe(flow_hat, flow)
     return dict(epe_all=clip_mean(error), epe_moving=clip_mean(error, moving(flow, threshold) & visible))
 
@@ -179,7 +178,7 @@ def clip_measures(
         if estimator:
             flow, visible = (v.to(flow_hat.device) for v in known or estimator(on_screen(y)))
             check_flows(flow_hat, flow, visible)
-            out['flow_error'] = flow_error(wide(flow_hat), wide(flow), visible >= 0.5)
+            out['flow_error'] = flow_error(full_precision(flow_hat), full_precision(flow), visible >= 0.5)
         if {'flow', 'visible'} <= set(batch) and (judge or estimator):
             out |= motion_epe(judge(shown)[0] if judge else flow_hat, batch['flow'], batch['visible'])
     return out

@@ -14,7 +14,8 @@ from dataclasses import dataclass, fields
 from hashlib import blake2b
 import torch
 from torch import Generator, Tensor, nn
-from .edm import expand, sample_sigma, wide
+from .clips import full_precision
+from .edm import expand, sample_sigma
 from .values import fit
 
 # %% ../nbs/13c_step.ipynb #c006
@@ -158,7 +159,7 @@ def widen(
 )->nn.Module:         # The same
     "Hold weights and buffers in float32 where they had half precision."
     for t in (*module.parameters(), *module.buffers()):
-        if t.is_floating_point() and t.dtype.itemsize < 4: t.data = wide(t.data)
+        if t.is_floating_point() and t.dtype.itemsize < 4: t.data = full_precision(t.data)
     return module
 
 # %% ../nbs/13c_step.ipynb #c033
@@ -200,8 +201,8 @@ def step_losses(
     shown, aug = video[:, 0], getattr(core, 'noise_aug', 0.)
     if aug: shown = shown + aug*draw_noise(p, step, where, shown.shape[1:], 'first').to(shown)
     with torch.no_grad(): z, first = batch['latent'] if 'latent' in batch else codec.encode(video), codec.encode_first(shown)
-    sigma = draw_sigma(p, step, where).to(wide(z))
-    noise = draw_noise(p, step, where, z.shape[1:]).to(wide(z))
+    sigma = draw_sigma(p, step, where).to(full_precision(z))
+    noise = draw_noise(p, step, where, z.shape[1:]).to(full_precision(z))
     cond = core.condition(batch['prompt'], video[:, 0], first, draw_drop(p, step, where).to(z.device))
     z_hat = denoiser((z + expand(sigma, z)*noise).to(z), sigma, cond)
     return objective(z_hat, z, batch, sigma, objective_stream(p, step, where, z.shape[1])), sigma

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from safetensors.torch import save_file
-from .clips import atomic_path, contact_sheet, file_name, read_tensors, take, to_float, to_uint8, write_video
-from .edm import expand, wide
+from .clips import atomic_path, contact_sheet, file_name, full_precision, read_tensors
+from .clips import take, to_float, to_uint8, write_video
+from .edm import expand
 from .metrics import clip_measures, copy_first, summarise
 from .step import stream
 
@@ -51,7 +52,7 @@ def denoise_clips(
 )->dict[str, Tensor]:       # 'y_hat', denoised clips (B,T,3,H,W); what they came from: 'sigma' (B,), latents 'z', 'x' = z + σn, 'z_hat'
     "Put noise of level σ on clips, and denoise them in one evaluation."
     z, first = codec.encode(batch['video']), batch['video'][:, 0]
-    level = torch.full((len(z),), float(sigma)).to(wide(z))
+    level = torch.full((len(z),), float(sigma)).to(full_precision(z))
     x = (z + expand(level, z)*fixed_noise(z, batch['id'], seed)).to(z)
     shown = first + first_noise(denoiser, batch, seed)
     z_hat = denoiser(x, level, denoiser.condition(batch['prompt'], first, codec.encode_first(shown)))
