@@ -8,9 +8,18 @@ NBS = ROOT/'nbs'
 PROJECT = ('settings.ini', 'pyproject.toml', 'README.md', 'LICENSE', '_quarto.yml', 'nbs', 'flowloss_nb', 'tests')
 
 def notebooks() -> list[Path]:
-    "Every notebook, in reading order: the numbered ones, then the experiments."
-    found = [p for p in NBS.rglob('*.ipynb') if not any(part[0] in '._' for part in p.relative_to(NBS).parts)]
-    return sorted(found, key=lambda p: (len(p.parts), p.stem != 'index', p))
+    "Every notebook, in reading order: the first pages, the chapters, the experiments."
+    here = lambda p: p.relative_to(NBS).parts
+    found = [p for p in NBS.rglob('*.ipynb') if not any(part[0] in '._' for part in here(p)) and 'runs' not in here(p)]
+    return sorted(found, key=lambda p: (len(here(p)) > 1, here(p)[0] == 'experiments', p.stem != 'index', p))
+
+def experiments() -> list[Path]:
+    "The notebooks that are run with parameters."
+    return [p for p in notebooks() if p.relative_to(NBS).parts[0] == 'experiments']
+
+def library() -> list[Path]:
+    "The notebooks that explain, define and test."
+    return [p for p in notebooks() if p not in experiments() and p.stem != 'index']
 
 def name(notebook: Path) -> str:
     "How a notebook is called: its path below nbs/, without the suffix."
@@ -27,30 +36,35 @@ def code(notebook: Path) -> str:
     text = '\n'.join(source(c) for c in cells(notebook) if c['cell_type'] == 'code')
     return re.sub(r'^(\s*)[!%].*$', r'\1pass', text, flags=re.M)
 
+def exported(notebook: Path) -> str:
+    "The code that a notebook exports, as one text."
+    return '\n'.join(source(c) for c in cells(notebook) if re.search(r'^#\| *exporti?\b', source(c), re.M))
+
 def module(notebook: Path) -> str | None:
     "The module a notebook exports, if it exports one."
     found = re.search(r'^#\| *default_exp +(\S+)', code(notebook), re.M)
     return found and found[1]
 
-def number(notebook: Path) -> str:
-    "What orders the library notebooks: 02 < 02b < 03."
-    return re.match(r'\d+[a-z]?', notebook.stem)[0]
-
 def imported(text: str) -> set[str]:
-    "The modules of flowloss_nb that a piece of Python imports, at top level or inside a function."
+    "The modules of flowloss_nb that a piece of Python imports, as 'chapter.module', at top level or inside a function."
     found = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import): found |= {a.name for a in node.names}
         if isinstance(node, ast.ImportFrom):
             base = 'flowloss_nb.' * bool(node.level) + (node.module or '')
             found |= {f'{base}.{a.name}' for a in node.names} if base.strip('.') == 'flowloss_nb' else {base}
-    return {m.split('.')[1] for m in found if m.startswith('flowloss_nb.')}
+    return {'.'.join(m.split('.')[1:3]) for m in found if m.startswith('flowloss_nb.')}
+
+def left_out(folder: str, names: list[str]) -> set[str]:
+    "What a copy of the project does without: caches, and what runs have written."
+    written = {'__pycache__', '.ipynb_checkpoints'} | ({'runs'} if 'experiments' in folder else set())
+    return written & set(names)
 
 def copy_project(folder: Path) -> Path:
     "A copy of the project to run and build in, so that the tree stays as it is."
     for item in PROJECT:
         if (ROOT/item).is_dir():
-            shutil.copytree(ROOT/item, folder/item, symlinks=True, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints', 'runs'))
+            shutil.copytree(ROOT/item, folder/item, symlinks=True, ignore=left_out)
         elif (ROOT/item).exists(): shutil.copy(ROOT/item, folder/item)
     return folder
 

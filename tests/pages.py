@@ -77,7 +77,6 @@ def site(root: Path):
     shutil.rmtree(source, ignore_errors=True)
     shutil.copytree(process(cfg), source)
     for page in sorted(source.rglob('*.ipynb')): cross_reference(page, source, problems)
-    sidebar(source, problems)
     rename(source, problems)
     built = build(source, quiet=True)
     problems += [w for w in built.warnings if 'broken link' not in w]  # check_links sees these too, and anchors
@@ -101,12 +100,24 @@ def process(cfg) -> Path:
             signature = {'add_show_docs', 'exec_show_docs', 'rm_export', 'add_fold', 'mv_exports'}
             return [keep_intro, link_source] + [step for step in super().base_procs() if step.__name__ not in signature] + [show_source]
     refresh_quarto_yml()
+    (cfg.nbs_path/'sidebar.yml').write_text(yaml.safe_dump(dict(website=dict(sidebar=dict(contents=contents(cfg.nbs_path)))), sort_keys=False))
     nbdev.doclinks._build_modidx()
     nbdev.serve.FilterDefaults = WithSource  # nbdev's setting for this, `procs`, wants an installed module
     out = nbdev.serve.proc_nbs(cfg.nbs_path, n_workers=0, force=True)
     (out/'source').mkdir(exist_ok=True)
-    for module in cfg.lib_path.glob('*.py'): shutil.copy(module, out/'source'/module.name)
+    for module in cfg.lib_path.rglob('*.py'):
+        copy = out/'source'/module.relative_to(cfg.lib_path)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(module, copy)
     return out
+
+def contents(nbs: Path) -> list:
+    "The sidebar: the first pages, then a section for each folder, in the order of the file listing."
+    pages = lambda folder: [p.relative_to(nbs).as_posix() for p in sorted(folder.glob('*.ipynb'))]
+    title = lambda f: f'{f.name[0]} · {f.name[2:].capitalize()}' if f.name[0].isdigit() else f'Experiments: {f.name}'
+    folders = [*sorted(nbs.glob('[0-9]_*')), *(nbs/'experiments'/name for name in ('paper', 'train', 'cost'))]
+    sections = [dict(section=title(f), contents=found) for f in folders if (found := pages(f))]
+    return ['index.ipynb', *(p for p in pages(nbs) if p != 'index.ipynb'), *sections, *pages(nbs/'experiments')]
 
 class keep_intro:
     "A step for nbdev, which takes the title's cell for front matter and drops what else it says: that becomes a cell of its own."
@@ -126,7 +137,10 @@ class link_source:
     def begin(self):
         from execnb.nbio import mk_cell
         module = next((d['default_exp'][0] for cell in self.nb.cells if 'default_exp' in (d := getattr(cell, 'directives_', {}))), None)
-        if module: self.nb.cells.insert(1, mk_cell(f'[Source: flowloss_nb/{module}.py](source/{module}.py)', 'markdown'))
+        if not module: return
+        file = module.replace('.', '/') + '.py'
+        up = '../' * module.count('.')      # a notebook stands as deep as its module
+        self.nb.cells.insert(1, mk_cell(f'[Source: flowloss_nb/{file}]({up}source/{file})', 'markdown'))
 
 class show_source:
     "A step for nbdev: hidden cells go, exported ones stay, under the anchors that links to their definitions lead to."
@@ -148,7 +162,7 @@ def defined(code: str) -> list[str]:
 
 def unnumbered(file: str) -> str:
     "nbdev's name of a page: 04_edm.ipynb becomes edm."
-    return re.sub(r'^\d+[a-zA-Z0-9]*_', '', file)
+    return re.sub(r'^\d+_', '', file)
 
 def cross_reference(page: Path, source: Path, problems: Problems):
     "Number what has a label, put the numbers into captions and equations, and turn `@fig-x` into a link."
@@ -192,25 +206,11 @@ def _refer(markdown: str, numbers: dict[str, str], where: Path, problems: Proble
     markdown = re.sub(r'^: (.*?) *\{#(tbl-[\w-]+)\}', table, markdown, flags=re.M)
     return re.sub(rf'```.*?```|`[^`\n]*`|(?<!\w)@({LABEL})', reference, markdown, flags=re.S)
 
-def sidebar(source: Path, problems: Problems):
-    "The sidebar of _quarto.yml names every page, and no other."
-    def pages(items):
-        for item in items:
-            if isinstance(item, str): yield item
-            else: yield from pages(item['contents'])
-    config = (source/'_quarto.yml').read_text()
-    named = list(pages(yaml.safe_load(config)['website']['sidebar']['contents']))
-    found = {p.relative_to(source).as_posix() for p in source.rglob('*.ipynb')}
-    problems += [f'_quarto.yml: the sidebar lacks {p}' for p in sorted(found - set(named))]
-    for page in (p for p in named if p not in found):
-        problems.append(f'_quarto.yml: the sidebar names {page}, which does not exist')
-        config = re.sub(rf'^ *- {re.escape(page)}\n', '', config, flags=re.M)  # said once, not on every page
-    (source/'_quarto.yml').write_text(config)
-
 def rename(source: Path, problems: Problems):
     "Give every page the name that Quarto reads in `output-file`, in links and in the sidebar too; Quarto's other options go."
-    config = source/'_quarto.yml'
-    config.write_text(re.sub(r'\b\d+[a-z]?_(\w+\.ipynb)|html-math-method: mathml', r'\1', config.read_text()))
+    config, side = source/'_quarto.yml', source/'sidebar.yml'
+    config.write_text(config.read_text().replace('html-math-method: mathml', ''))
+    side.write_text(re.sub(r'(?<=[ /])\d+_(\w+\.ipynb)', r'\1', side.read_text()))
     for page in sorted(source.rglob('*.ipynb')):
         nb = json.loads(page.read_text())
         front = nb['cells'][0]
@@ -218,7 +218,7 @@ def rename(source: Path, problems: Problems):
         front['source'] = re.sub(r'^output-file:.*\n', '', text(front['source']), flags=re.M)
         for cell in nb['cells']:
             if cell['cell_type'] != 'code':
-                cell['source'] = re.sub(r'(\]\((?:[\w.-]+/)*)\d+[a-z]?_(\w+\.ipynb)', r'\1\2', text(cell['source']))
+                cell['source'] = re.sub(r'(\]\((?:[\w.-]+/)*)\d+_(\w+\.ipynb)', r'\1\2', text(cell['source']))
         page.unlink()
         page.with_name(unnumbered(page.name)).write_text(json.dumps(nb))
 

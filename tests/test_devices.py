@@ -6,7 +6,7 @@ import re, warnings
 from functools import cache
 import matplotlib.pyplot
 import pytest, torch
-from notebooks import NBS, name, notebooks, source, cells
+from notebooks import NBS, cells, experiments, source
 from pretend import GPU, pretended_gpu, there
 
 SMALL = {   # as little as shows every line
@@ -27,13 +27,16 @@ ON_CPU = {'bench_estimators'}                   # what DOT's gradient costs a CP
 UNTIL = dict(plan_scale='def pull(', full_size_step='took = {')     # both stay on the CPU; what follows compares counts, which are not taken here, and gradients
 
 def test_every_experiment_is_here():
-    assert {n.stem for n in notebooks() if n.parent.name == 'experiments'} == {*SMALL} | RECORDS | DATA | ON_CPU
+    assert {n.stem for n in experiments()} == {*SMALL} | RECORDS | DATA | ON_CPU
 
 @pytest.fixture
 def quick(monkeypatch):
     "Clips of 32×48, and an F that looks once; costs are asked for elsewhere."
-    from flowloss_nb import cost, dot, estimators, metaworld, plan, raft, recipes, trained
-    from flowloss_nb.clips import ClipSet
+    from flowloss_nb.basics import cost
+    from flowloss_nb.data import metaworld
+    from flowloss_nb.flow import dot, estimators, raft
+    from flowloss_nb.runs import plan, stage, trained
+    from flowloss_nb.basics.clips import ClipSet
     load, init = metaworld.load_clips, raft.RAFT.__init__
     @cache
     def small(*a, **k):
@@ -42,7 +45,7 @@ def quick(monkeypatch):
         return ClipSet(clips.frames[:, :, ::2, ::2], clips.prompts, clips.ids, truth)
     def once(self, *a, **k): init(self, *a, **k); self.updates = 1
     counted = lambda *a, **k: dict(flops=1, forward=1, kept=1, seconds=1.)
-    for owner in (metaworld, recipes, trained): monkeypatch.setattr(owner, 'load_clips', small)
+    for owner in (metaworld, stage, trained): monkeypatch.setattr(owner, 'load_clips', small)
     monkeypatch.setattr(raft.RAFT, '__init__', once)
     monkeypatch.setattr(dot.DOT, 'tracks', lambda self, video: torch.ones(*video.shape[:2], 2, 3).to(video))
     monkeypatch.setattr(estimators.TorchvisionRaft.__init__, '__defaults__', (1,))
@@ -69,11 +72,11 @@ def run_cells(notebook, changes: dict) -> dict:
 
 @pytest.mark.parametrize('stem', SMALL)
 def test_experiment_on_a_pretended_gpu(stem, quick, tmp_path, monkeypatch):
-    import accelerate, flowloss_nb.trained, flowloss_nb.strategies # before torch believes in a GPU
+    import accelerate, flowloss_nb.runs.trained, flowloss_nb.evaluation.comparison # before torch believes in a GPU
     matplotlib.use('agg'); torch.set_num_threads(1); monkeypatch.chdir(tmp_path)
     with warnings.catch_warnings(), pretended_gpu():
         warnings.simplefilter('ignore')
-        space = run_cells(NBS/'experiments'/f'{stem}.ipynb', SMALL[stem])
+        space = run_cells(next((NBS/'experiments').rglob(f'{stem}.ipynb')), SMALL[stem])
         if 'stage' in space: assert all(next(iter(net.state_dict().values())).device == GPU for net in (space['stage'].codec, space['stage'].estimator))
         if 'state' in space: assert all(there(p) for p in space['state'].ema.parameters()), 'it trained on the CPU'
 
@@ -92,9 +95,9 @@ def test_what_torch_refuses_is_refused():
 
 def test_a_stage_on_the_cpu_stays_there(quick, tmp_path):
     "cpu=True, or a stage asked for the CPU, computes there although a GPU is there; a job brings what it is given."
-    from flowloss_nb.recipes import choose_objective, embedded_stage, stage_denoiser
-    from flowloss_nb.step import TrainParams
-    from flowloss_nb.trainer import train
+    from flowloss_nb.runs.stage import choose_objective, embedded_stage, stage_denoiser
+    from flowloss_nb.training.step import TrainParams
+    from flowloss_nb.training.trainer import train
     params = TrainParams(steps=1, batch_size=1, validate_every=0, ratio_every=1, cpu=True, tensorboard=False, progress=False)
     sizes = dict(widths=(32, 32), attends=(False, False))
     for device in ('cpu', 'cuda'):

@@ -2,11 +2,11 @@
 import json, math
 import pytest
 import torch
-from flowloss_nb.records import append_log, write_json
-from flowloss_nb.runs import run_notebook
+from flowloss_nb.training.checkpoints import append_log, write_json
+from flowloss_nb.runs.runs import run_notebook
 from notebooks import NBS
-from flowloss_nb.strategies import COPY, MEASURES, arms, fooled, lag, over_seeds, read_sweep, reservations, run_record, strategy_rows, with_copy
-from flowloss_nb.validation import save_samples
+from flowloss_nb.evaluation.comparison import COPY, MEASURES, arms, fooled, lag, over_seeds, read_sweep, reservations, run_record, strategy_rows, with_copy
+from flowloss_nb.evaluation.validation import save_samples
 
 KEYS = ('psnr', 'psnr_changed', 'ssim', 'flow_error', 'flicker')
 ABOUT = dict(network='tf_efficientnet_lite0', weights='57ab', stride=None, clips=[3, 3])

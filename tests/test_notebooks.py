@@ -2,11 +2,11 @@
 import ast, ctypes.util, json, re
 import pytest
 from conftest import PATIENCE, needs_system
-from notebooks import NBS, ROOT, cells, code, copy_project, imported, module, name, notebooks, number, python, source
+from notebooks import (NBS, ROOT, cells, code, copy_project, experiments, exported, imported, library,
+                       module, name, notebooks, python, source)
 
-LIBRARY = [n for n in notebooks() if n.parent == NBS and n.stem != 'index']
-EXPERIMENTS = [n for n in notebooks() if n.parent.name == 'experiments']
-RENDERS = {'02a_world', '02b_simulator'}  # these draw with MuJoCo
+LIBRARY, EXPERIMENTS = library(), experiments()
+RENDERS = '8_simulator/'  # what stands in this chapter draws with MuJoCo
 
 def renders() -> bool:
     return all(ctypes.util.find_library(lib) for lib in ('EGL', 'OpenGL'))
@@ -18,7 +18,7 @@ def project(tmp_path_factory):
 @pytest.mark.parametrize('notebook', [n for n in notebooks() if n not in EXPERIMENTS], ids=name)
 def test_notebook(notebook, project):
     "Restart and run all."
-    if name(notebook) in RENDERS: needs_system(renders(), 'no EGL: apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri libopengl0')
+    if name(notebook).startswith(RENDERS): needs_system(renders(), 'no EGL: apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri libopengl0')
     python('tests/notebooks.py', name(notebook), folder=project, seconds=PATIENCE)
 
 @pytest.mark.parametrize('notebook', EXPERIMENTS, ids=name)
@@ -46,7 +46,7 @@ def test_experiment_parameters(notebook):
 def test_export_is_fresh(tmp_path):
     "flowloss_nb/*.py is what nbdev_export writes from nbs/."
     folder = copy_project(tmp_path)
-    modules = lambda: {p.name: p.read_text() for p in (folder/'flowloss_nb').glob('*.py')}
+    modules = lambda: {p.relative_to(folder).as_posix(): p.read_text() for p in (folder/'flowloss_nb').rglob('*.py')}
     before = modules()
     python('-c', 'from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__()', folder=folder, seconds=PATIENCE)
     after = modules()
@@ -73,14 +73,15 @@ def test_settings_keep_tags():
 
 @pytest.mark.parametrize('notebook', LIBRARY, ids=name)
 def test_imports_point_down(notebook):
-    "A library notebook imports only modules of lower-numbered ones."
-    lower = {module(n) for n in LIBRARY if number(n) < number(notebook)}
-    upward = imported(code(notebook)) - lower
+    "What a notebook exports imports only what was exported before it: its chapter's lower numbers, and lower chapters."
+    lower = {module(n) for n in LIBRARY[:LIBRARY.index(notebook)]}
+    upward = imported(exported(notebook)) - lower
     assert not upward, f'{name(notebook)} imports {sorted(upward)}; below it stand {sorted(filter(None, lower))}'
 
 def test_every_module_has_a_notebook():
     "Nobody writes Python in flowloss_nb/ by hand."
-    files = {p.stem for p in (ROOT/'flowloss_nb').glob('*.py') if p.stem[0] != '_'}
+    package = ROOT/'flowloss_nb'
+    files = {p.relative_to(package).with_suffix('').as_posix().replace('/', '.') for p in package.rglob('*.py') if p.stem[0] != '_'}
     assert files == {m for m in map(module, notebooks()) if m}
 
 def test_import_is_light(project):
@@ -98,11 +99,11 @@ PARAMETERS = sorted(p for p in (NBS/'experiments').rglob('*.yaml'))
 def test_parameter_file(file):
     "A file of parameters fits its notebook: the one it names (a sweep), the one it is named after, or train_bridge."
     import yaml
-    from flowloss_nb.runs import known_parameters
-    from flowloss_nb.sweeps import expand
+    from flowloss_nb.runs.runs import known_parameters
+    from flowloss_nb.runs.sweeps import expand
     told = yaml.safe_load(file.read_text()) or {}
     if 'notebook' in told: assert expand(told); return
     named = [n for n in EXPERIMENTS if file.stem.startswith(n.stem)]
-    book = max(named, key=lambda n: len(n.stem)) if named else NBS/'experiments'/'train_bridge.ipynb'
+    book = max(named, key=lambda n: len(n.stem)) if named else NBS/'experiments/train/train_bridge.ipynb'
     unknown = set(told) - set(known_parameters(book))
     assert not unknown, f'{name(book)} has no parameter {sorted(unknown)}'

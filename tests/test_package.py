@@ -7,7 +7,7 @@ from notebooks import ROOT, copy_project, python
 
 PROJECT = tomllib.loads((ROOT/'pyproject.toml').read_text())['project']
 DISTRIBUTIONS = packages_distributions()
-MODULES = sorted(p for p in (ROOT/'flowloss_nb').glob('*.py') if p.stem != '_modidx')
+MODULES = sorted(p for p in (ROOT/'flowloss_nb').rglob('*.py') if p.stem != '_modidx')
 
 def names(requirements: list[str]) -> set[str]:
     return {re.match(r'[\w-]+', r)[0].lower().replace('_', '-') for r in requirements}
@@ -38,8 +38,8 @@ def test_imports_are_declared():
 
 def test_weights_have_cards():
     "Every file of weights that ships is small and has a model card beside it: data, training, numbers, limits, licence."
-    shipped = sorted((ROOT/'flowloss_nb'/'weights').glob('*.safetensors'))
-    assert shipped, 'no weights in flowloss_nb/weights'
+    shipped = sorted((ROOT/'flowloss_nb'/'assets'/'weights').glob('*.safetensors'))
+    assert shipped, 'no weights in flowloss_nb/assets/weights'
     for path in shipped:
         card = path.with_suffix('.md')
         assert card.exists(), f'{path.name} has no model card {card.name}'

@@ -1,10 +1,10 @@
 "What people read is current and complete: README.md and the site."
 import json, re
 from conftest import CHROMIUM, CHROMIUM_FLAGS, PATIENCE, needs_system
-from notebooks import ROOT, copy_project, notebooks, python
-from pages import Problems, check_links, cross_reference, readme, sidebar
+from notebooks import NBS, ROOT, copy_project, experiments, name, notebooks, python
+from pages import Problems, check_links, contents, cross_reference, readme
 
-EXPERIMENTS = [n for n in notebooks() if n.parent.name == 'experiments']
+EXPERIMENTS = experiments()
 
 def test_readme_is_current(tmp_path):
     "README.md and its pictures are what `make export` makes of index.ipynb."
@@ -39,8 +39,9 @@ def test_site(tmp_path):
     folder = copy_project(tmp_path)
     python('tests/pages.py', 'site', folder=folder, seconds=PATIENCE)
     assert (folder/'_docs/index.html').exists()
-    mute = [n.stem for n in EXPERIMENTS if not 'Question.' in (folder/f'_docs/experiments/{n.stem}.html').read_text()]
-    assert 'href="source/losses.py"' in (folder/'_docs/losses.html').read_text() and (folder/'_docs/source/losses.py').exists()
+    mute = [n.stem for n in EXPERIMENTS if not 'Question.' in (folder/f'_docs/{name(n)}.html').read_text()]
+    assert 'href="../source/training/losses.py"' in (folder/'_docs/5_training/losses.html').read_text()
+    assert (folder/'_docs/source/training/losses.py').exists()
     assert EXPERIMENTS and not mute, f'what stands below the title is lost from {mute}'
     needs_system(CHROMIUM, 'the pages were built, and not looked at: no Chromium: apt-get install chromium')
     assert not (wrong := too_wide(folder/'_docs')), '\n'.join(wrong)
@@ -60,7 +61,12 @@ def test_what_is_wrong_is_found(tmp_path):
     page.write_text(json.dumps(dict(cells=[dict(cell_type='markdown', source='@fig-there and @fig-gone'), dict(cell_type='code', source='#| label: fig-there\n#| fig-cap: "There."\n1')])))
     (tmp_path/'b.ipynb').write_text(page.read_text())
     cross_reference(page, tmp_path, refers := Problems())
-    (tmp_path/'_quarto.yml').write_text('website:\n  sidebar:\n    contents:\n      - a.ipynb\n      - c.ipynb\n')
-    sidebar(tmp_path, lacks := Problems())
     assert refers == ['a.ipynb: @fig-gone refers to nothing on this page'] and '[Figure 1](#fig-there)' in page.read_text()
-    assert lacks == ['_quarto.yml: the sidebar lacks b.ipynb', '_quarto.yml: the sidebar names c.ipynb, which does not exist']
+
+def listed(items):
+    for item in items: yield from [item] if isinstance(item, str) else listed(item['contents'])
+
+def test_sidebar_lists_every_page():
+    "And in the order in which the notebooks run."
+    assert list(listed(contents(NBS)))[:20] == [f'{name(n)}.ipynb' for n in notebooks()][:20]
+    assert sorted(listed(contents(NBS))) == sorted(f'{name(n)}.ipynb' for n in notebooks())

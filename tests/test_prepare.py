@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import PATIENCE, needs_system
-from flowloss_nb.bridge import thisthat_frames
-from flowloss_nb.clips import check_batch, read_video, resample_frames, take, to_float
-from flowloss_nb.metaworld import load_clips
-from flowloss_nb.prepare import PreparedClips, map_cluster, map_local, prepare, prepared_splits
-from flowloss_nb.runs import run_notebook
-from flowloss_nb.strips import Recipe
-from flowloss_nb.trees import Episode, stretch_clip, write_flat, write_lerobot, write_lerobot3, write_raw
+from flowloss_nb.data.bridge import thisthat_frames
+from flowloss_nb.basics.clips import check_batch, read_video, resample_frames, take, to_float
+from flowloss_nb.data.metaworld import load_clips
+from flowloss_nb.data.prepare import PreparedClips, map_cluster, map_local, prepare, prepared_splits
+from flowloss_nb.runs.runs import run_notebook
+from flowloss_nb.data.strips import Recipe
+from flowloss_nb.data.trees import Episode, stretch_clip, write_flat, write_lerobot, write_lerobot3, write_raw
 
 SMALL, ALONE = Recipe((64, 96)), partial(map_local, workers=1)
 ENV = os.environ | {'OMP_NUM_THREADS': '1', 'TF_CPP_MIN_LOG_LEVEL': '3', 'RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO': '0',
@@ -161,14 +161,14 @@ def test_cluster_of_two_nodes(tree, whole, tmp_path, monkeypatch):
 # ---- true pictures, every layout
 
 DRAWS = """import sys, numpy as np
-from flowloss_nb.simulator import FIXED, Studio
-from flowloss_nb.trees import film
+from flowloss_nb.simulator.generator import FIXED, Studio
+from flowloss_nb.data.trees import film
 studio = Studio('drawer-close-v3', FIXED, (160, 240), 10)
 made = [film(studio, 1080 + i, n) for i, n in enumerate((10, 24, 60))]
 np.savez(sys.argv[1], *[e.frames for e in made], prompts=[e.prompt for e in made])
 studio.close()
 if 'tfds' in sys.argv:
-    from flowloss_nb.rlds import import_tfds
+    from flowloss_nb.data.rlds import import_tfds
     try: import_tfds()
     except RuntimeError as e: print(e)"""
 
@@ -187,7 +187,7 @@ def films(drawn):
 def test_camera_sized_pictures_in_all_layouts(drawn, films, tmp_path):
     "The paper's clips from 480×640, by both rules; 10 frames are too few. TFDS is written and read in processes of their own."
     assert [e.frames.shape for e in films] == [(n, 480, 640, 3) for n in (10, 24, 60)]
-    program = ('import sys, numpy as np; from flowloss_nb.trees import Episode; from flowloss_nb.rlds import write_rlds; d = np.load(sys.argv[1])\n'
+    program = ('import sys, numpy as np; from flowloss_nb.data.trees import Episode; from flowloss_nb.data.rlds import write_rlds; d = np.load(sys.argv[1])\n'
                'write_rlds([Episode(d[f"arr_{i}"], str(p)) for i, p in enumerate(d["prompts"])], sys.argv[2], 3)')
     subprocess.run([sys.executable, '-c', program, str(drawn[0]), str(tmp_path/'tfds')], env=ENV, check=True, timeout=PATIENCE, capture_output=True)
     roots = dict(raw=write_raw(films, tmp_path/'raw') and tmp_path/'raw', flat=write_flat(films, tmp_path/'flat')[0].parent,
@@ -221,7 +221,7 @@ def needs_data(name):
 
 def apart(*roots, frames=10):
     "Prepare in a process of its own, where TensorFlow may be imported; the reports."
-    program = ('import json, sys; from functools import partial; from flowloss_nb.prepare import map_local, prepare; from flowloss_nb.strips import Recipe\n'
+    program = ('import json, sys; from functools import partial; from flowloss_nb.data.prepare import map_local, prepare; from flowloss_nb.data.strips import Recipe\n'
                'print(json.dumps([prepare(root, root + "_out", Recipe((64, 64), int(sys.argv[1])), run=partial(map_local, workers=1), progress=False) for root in sys.argv[2:]]))')
     done = subprocess.run([sys.executable, '-c', program, str(frames), *map(str, roots)], env=ENV, timeout=200, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -260,7 +260,7 @@ def test_real_videos_and_their_folder():
 def test_train_bridge_says_what_is_missing(tree, tmp_path):
     "No validation clips: the run ends before a model is loaded."
     prepare(tree, tmp_path/'clips', SMALL, shares=(1, 0, 0), run=ALONE, progress=False)
-    with pytest.raises(RuntimeError, match='clips has 0 validation clips where 1 are needed') as e: run_notebook('experiments/train_bridge', tmp_path/'run', dict(data=str(tmp_path/'clips')))
+    with pytest.raises(RuntimeError, match='clips has 0 validation clips where 1 are needed') as e: run_notebook('experiments/train/train_bridge', tmp_path/'run', dict(data=str(tmp_path/'clips')))
     assert not (tmp_path/'run/tiny_svd').exists() and 'no test clips: whatever needs them will stop' in str(e.value)
 
 def test_tensorflow_after_opengl_is_refused(drawn):

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest, torch
 from conftest import PATIENCE
 from torch import nn
-from flowloss_nb import records, trainer
-from flowloss_nb.clips import ClipSet
-from flowloss_nb.edm import denoise
-from flowloss_nb.runs import make_room, new_run
-from flowloss_nb.trainer import TrainParams, train
+from flowloss_nb.training import checkpoints, trainer
+from flowloss_nb.basics.clips import ClipSet
+from flowloss_nb.diffusion.edm import denoise
+from flowloss_nb.runs.runs import make_room, new_run
+from flowloss_nb.training.trainer import TrainParams, train
 
 PARAMS = TrainParams(steps=60, batch_size=4, warmup=5, lr=0.01, checkpoint_every=3, validate_every=7, ratio_every=4,
                      cpu=True, progress=False)
@@ -73,7 +73,7 @@ def lives(run_dir, kills=6):
     "Spend up to `kills` lives, then let the run end. Weights to begin with differ from life to life unless no checkpoint is there yet."
     dice, ends = random.Random(), []
     for n in range(kills):
-        ends.append([killed(fork(run_dir, seed=n if records.latest_checkpoint(run_dir) else 0), run_dir, dice), lines(run_dir)])
+        ends.append([killed(fork(run_dir, seed=n if checkpoints.latest_checkpoint(run_dir) else 0), run_dir, dice), lines(run_dir)])
     return ends, os.waitpid(fork(run_dir, seed=99), 0)[1]
 
 MOMENTS = {'in a file': ('save_file', 5), 'before the state': ('write_json', 6), 'before the name': ('rename', 2), 'after the name': ('rename', -2),
@@ -81,7 +81,7 @@ MOMENTS = {'in a file': ('save_file', 5), 'before the state': ('write_json', 6),
 
 def deadly(what, n):
     "Let the n-th call of a function that writes be the run's last: half done or not begun, or done if n is negative."
-    owner, calls = dict(rename=Path, append_log=trainer).get(what, records), iter(range(1, 10**6))
+    owner, calls = dict(rename=Path, append_log=trainer).get(what, checkpoints), iter(range(1, 10**6))
     real = getattr(owner, what)
     def call(*a):
         if next(calls) != abs(n): return real(*a)
@@ -115,13 +115,13 @@ def runs(tmp_path_factory):
     assert (root/'told.json').exists(), done.stderr[-3000:]
     return root, json.loads((root/'told.json').read_text()), done.stderr[-3000:]
 
-def story(run_dir): return [{k: v for k, v in line.items() if 'seconds' not in k} for line in records.read_log(run_dir)]
+def story(run_dir): return [{k: v for k, v in line.items() if 'seconds' not in k} for line in checkpoints.read_log(run_dir)]
 
 def test_killed_and_resumed_is_bit_exact(runs):
     root, told, stderr = runs
     assert told['whole'] == told['killed'] == 0, stderr
     assert sum(alive for alive, _ in told['ends']) >= 3, f"the run ended before it was killed often: {told['ends']}"
-    a, b = (records.latest_checkpoint(root/name) for name in ('whole', 'killed'))
+    a, b = (checkpoints.latest_checkpoint(root/name) for name in ('whole', 'killed'))
     assert a.name == b.name == 'step_0000060'
     for name in ('model', 'ema', 'optimizer'): assert (a/f'{name}.safetensors').read_bytes() == (b/f'{name}.safetensors').read_bytes(), name
     assert story(root/'whole') == story(root/'killed')
@@ -132,7 +132,7 @@ def test_killed_and_resumed_is_bit_exact(runs):
 def test_nothing_is_left_behind(runs):
     root, _, _ = runs
     assert sorted(p.name for p in (root/'killed/checkpoints').iterdir()) == ['step_0000057', 'step_0000060']
-    steps = [line['step'] for line in records.read_log(root/'killed', 'train')]
+    steps = [line['step'] for line in checkpoints.read_log(root/'killed', 'train')]
     assert steps == list(range(1, 61))
 
 @pytest.mark.parametrize('moment', MOMENTS)
@@ -140,7 +140,7 @@ def test_killed_while_writing(runs, moment):
     "Killed in the middle of a checkpoint, between its parts, or in a line of the log; the same moments every time."
     root, told, stderr = runs
     assert told['at'][moment] == [signal.SIGKILL, 0], (told['at'], stderr)
-    a, b = (records.latest_checkpoint(root/name) for name in ('short', moment))
+    a, b = (checkpoints.latest_checkpoint(root/name) for name in ('short', moment))
     for name in ('model', 'ema', 'optimizer'): assert (a/f'{name}.safetensors').read_bytes() == (b/f'{name}.safetensors').read_bytes(), name
     assert story(root/'short') == story(root/moment)
     assert not list((root/moment/'checkpoints').glob('.*'))
@@ -152,7 +152,7 @@ def test_two_processes_equal_one(runs):
         assert set(a) == set(b) and a['step'] == b['step']
         if a['kind'] == 'train': assert a['sigma'] == b['sigma'] and a['open'] == b['open']
         for k in {'loss', 'recon', 'flow', 'grad_norm', 'size'} & {*a}: assert a[k] == pytest.approx(b[k], rel=1e-4), (k, a, b)
-    one, two = (records.load_checkpoint(records.latest_checkpoint(root/run))[0]['ema'] for run in ('one', 'two'))
+    one, two = (checkpoints.load_checkpoint(checkpoints.latest_checkpoint(root/run))[0]['ema'] for run in ('one', 'two'))
     for k in one: torch.testing.assert_close(one[k], two[k], rtol=1e-4, atol=1e-5)
 
 def test_full_disk_while_saving(tmp_path, monkeypatch):
@@ -160,11 +160,11 @@ def test_full_disk_while_saving(tmp_path, monkeypatch):
     short = replace(PARAMS, steps=6, tensorboard=False)
     go(tmp_path/'whole', params=short)
     go(tmp_path/'run', params=replace(short, steps=3))
-    real = records.save_file
+    real = checkpoints.save_file
     def full(tensors, path):
         if 'ema' in str(path): Path(path).write_bytes(b'half of it'); raise OSError(errno.ENOSPC, 'No space left on device')
         real(tensors, path)
-    monkeypatch.setattr(records, 'save_file', full)
+    monkeypatch.setattr(checkpoints, 'save_file', full)
     with pytest.raises(OSError, match='checkpoint step_0000003 is whole; make room'): go(tmp_path/'run', params=short)
     assert [p.name for p in (tmp_path/'run/checkpoints').iterdir()] == ['step_0000003']
     monkeypatch.undo()
@@ -173,7 +173,7 @@ def test_full_disk_while_saving(tmp_path, monkeypatch):
     assert train_lines('run') == train_lines('whole')
 
 def test_folder_in_use_names_the_process(tmp_path):
-    with records.lock_run(tmp_path), pytest.raises(RuntimeError, match=f'in use by process {os.getpid()}'): go(tmp_path)
+    with checkpoints.lock_run(tmp_path), pytest.raises(RuntimeError, match=f'in use by process {os.getpid()}'): go(tmp_path)
 
 # ---- overwriting
 
@@ -207,7 +207,7 @@ def finished(tmp_path_factory):
         (root/'old'/name).parent.mkdir(parents=True, exist_ok=True); (root/'old'/name).write_text('1')
     return root
 
-def weights(run_dir): return (records.latest_checkpoint(run_dir)/'model.safetensors').read_bytes()
+def weights(run_dir): return (checkpoints.latest_checkpoint(run_dir)/'model.safetensors').read_bytes()
 
 def test_overwriting_killed_at_each_step(finished, tmp_path, monkeypatch):
     "Whenever overwriting is cut short, the next start finishes it, or finds the old run untouched; nothing of the old run gets into the new one."
@@ -227,7 +227,7 @@ def test_overwriting_killed_at_each_step(finished, tmp_path, monkeypatch):
         if n % 3 == 2 and n % 4: go(run, params=OTHER, seed=5); assert weights(run) == weights(finished/'new') != weights(finished/'old')
         left = files(run) - files(finished/'new') - {'notebook.lock', 'versions.json'}
         assert not left and not (run/'metrics.json').exists(), (n, left)
-        if (run/'params.json').exists(): assert 'experiment' not in (told := records.read_json(run/'params.json')) or told['experiment'] == {'lr': OTHER.lr}
+        if (run/'params.json').exists(): assert 'experiment' not in (told := checkpoints.read_json(run/'params.json')) or told['experiment'] == {'lr': OTHER.lr}
         shutil.rmtree(run)
     assert n > 20, 'so many steps were there'
 
@@ -238,7 +238,7 @@ def test_old_checkpoints_under_new_parameters_are_refused(finished, tmp_path):
         with pytest.raises(ValueError, match='train.lr: 0.01 → 1.0; train.seed: 0 → 5'): go(tmp_path/name, params=OTHER, seed=5)
         assert weights(tmp_path/name) == weights(finished/'old')
     go(tmp_path/'deleted', params=replace(FEW, steps=4, checkpoint_every=1, keep=1), seed=9)
-    assert records.latest_checkpoint(tmp_path/'deleted').name == 'step_0000004'
+    assert checkpoints.latest_checkpoint(tmp_path/'deleted').name == 'step_0000004'
 
 # ---- what else lies there
 
@@ -250,7 +250,7 @@ def test_goes_on_after_a_torn_log(finished, tmp_path, end):
     shutil.copytree(finished/'old', tmp_path/'run')
     with (tmp_path/'run'/'log.jsonl').open('ab') as f: f.write(TORN[end])
     go(tmp_path/'run', params=replace(FEW, steps=4))
-    assert [l['step'] for l in records.read_log(tmp_path/'run', 'train')] == [1, 2, 3, 4]
+    assert [l['step'] for l in checkpoints.read_log(tmp_path/'run', 'train')] == [1, 2, 3, 4]
     assert story(tmp_path/'run')[:4] == story(finished/'old')[:4]
 
 def test_strays_hinder_no_run(finished, tmp_path):
@@ -263,7 +263,7 @@ def test_strays_hinder_no_run(finished, tmp_path):
 
 def test_tensors_are_read_in_one_place():
     "`clips.read_tensors` copies; a tensor that stays mapped to a file is lost with the file."
-    found = [p.name for p in Path(records.__file__).parent.rglob('*.py') if 'load_file(' in p.read_text()]
+    found = [p.name for p in Path(checkpoints.__file__).parent.rglob('*.py') if 'load_file(' in p.read_text()]
     assert found == ['clips.py']
 
 if __name__ == '__main__': script(Path(sys.argv[1]))

@@ -4,9 +4,10 @@ from datetime import date
 from pathlib import Path
 import pytest
 from conftest import PATIENCE
-from flowloss_nb.runs import find_notebook, fit_params, main, read_params, run_notebook, tagged_cell, typed_parameters
-from flowloss_nb.step import TrainParams, draw_sigma
-from flowloss_nb.sweeps import expand, sweep
+from notebooks import experiments
+from flowloss_nb.runs.runs import find_notebook, fit_params, main, read_params, run_notebook, tagged_cell, typed_parameters
+from flowloss_nb.training.step import TrainParams, draw_sigma
+from flowloss_nb.runs.sweeps import expand, sweep
 
 ROOT = Path(__file__).parents[1]
 
@@ -18,7 +19,7 @@ def notebook(path, *sources):
 
 def command(*words, cwd=ROOT, **more):
     env = os.environ | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'} | more
-    return subprocess.run([sys.executable, '-m', 'flowloss_nb.runs', *map(str, words)], cwd=cwd, env=env, capture_output=True, text=True, timeout=PATIENCE)
+    return subprocess.run([sys.executable, '-m', 'flowloss_nb.runs.runs', *map(str, words)], cwd=cwd, env=env, capture_output=True, text=True, timeout=PATIENCE)
 
 def test_command_line(tmp_path):
     write = "import json, pathlib\npathlib.Path(run_dir, 'report.html').write_text('x')\njson.dump({'rate': rate}, open(f'{run_dir}/metrics.json', 'w'))"
@@ -38,7 +39,7 @@ def test_killed_kernel_is_an_error(tmp_path):
     with pytest.raises(RuntimeError, match='dies.ipynb'): run_notebook(dies, tmp_path/'run')
 
 def test_importing_stays_light():
-    heavy = "import sys, flowloss_nb.runs; print([m for m in ('papermill', 'ray', 'mujoco', 'metaworld', 'jupyter_client', 'nbclient') if m in sys.modules])"
+    heavy = "import sys, flowloss_nb.runs.runs; print([m for m in ('papermill', 'ray', 'mujoco', 'metaworld', 'jupyter_client', 'nbclient') if m in sys.modules])"
     done = subprocess.run([sys.executable, '-c', heavy], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.stdout.strip() == '[]', done.stdout + done.stderr[-2000:]
 
@@ -56,8 +57,8 @@ out:"None|'shipped'|Path" = None
 config = {}
 gate = None"""
 RESULT = """import json
-from flowloss_nb.records import write_json
-from flowloss_nb.runs import new_run
+from flowloss_nb.training.checkpoints import write_json
+from flowloss_nb.runs.runs import new_run
 given = dict(steps=steps, lr=lr, psi=psi, size=size, ids=ids, clips=clips, mixed_precision=mixed_precision, fsdp=fsdp, source=source, out=out, config=config, gate=gate)
 write_json(new_run(run_dir, given)/'metrics.json', {k: repr(v) for k, v in given.items()})"""
 
@@ -100,7 +101,7 @@ def test_what_json_cannot_say_is_refused_by_name(tmp_path):
         with pytest.raises(ValueError, match=r'^(gate|steps) must be '): fit_params(toy, read_params(tmp_path/'p.yaml'))
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == []
 
-EXPERIMENTS = sorted((ROOT/'nbs'/'experiments').glob('*.ipynb'))
+EXPERIMENTS = experiments()
 
 @pytest.mark.parametrize('book', EXPERIMENTS, ids=lambda p: p.stem)
 def test_defaults_fit(book):
@@ -117,7 +118,7 @@ def test_parameter_files_fit():
     "Every file of parameters has values of the right type."
     for file in sorted((ROOT/'nbs'/'experiments'/'params').glob('*.yaml')):
         told = read_params(file)
-        named = [b for b in EXPERIMENTS if file.stem.startswith(b.stem)] or [find_notebook('experiments/train_bridge')]
+        named = [b for b in EXPERIMENTS if file.stem.startswith(b.stem)] or [find_notebook('experiments/train/train_bridge')]
         assert expand(told) if 'notebook' in told else fit_params(max(named, key=lambda b: len(b.stem)), told)
 
 BAD = [('train', 'objective', 'flo'), ('train', 'K', '14'), ('train', 'K', '0'), ('train', 'psi', '0'), ('train', 'estimator', 'raft'), ('train', 'target', 'exakt'), ('train', 'test_clips', '0'), ('train', 'lr', 'inf'), ('compare', 'ratios', '[0]'),
@@ -130,7 +131,7 @@ def test_experiments_refuse_before_they_load(book, name, value):
 
 def test_values_in_pairs_have_types():
     "`edges: no` was the text 'no', which switched edges on."
-    told = fit_params(find_notebook('experiments/train_estimator'), {'config': '{edges: no, visible_start: 9e-1, updates: 2e0, widths: [24, 32], context_widths: null}'})
+    told = fit_params(find_notebook('experiments/train/train_estimator'), {'config': '{edges: no, visible_start: 9e-1, updates: 2e0, widths: [24, 32], context_widths: null}'})
     assert told == {'config': dict(edges=False, visible_start=.9, updates=2, widths=(24, 32), context_widths=None)}
 
 PATHS = dict(train_bridge=('data', 'svd', 'text', 'weights', 'known', 'metric_weights'), prepare_bridge=('source', 'out'), train=('warm_start', 'weights'), compare=('warm_start', 'weights'), strategy=('weights',), explore=('folder', 'weights'),
@@ -142,11 +143,11 @@ def test_paths_mean_the_callers_folder(tmp_path, monkeypatch):
         for name in names:
             for given, meant in (('data/flat', f'{tmp_path}/data/flat'), ('~/x', f'{tmp_path}/home/x'), ('/a/b', '/a/b'), ('None', None)):
                 assert fit_params(find_notebook(f'experiments/{book}'), {name: given}, tmp_path) == {name: meant}
-    assert fit_params(find_notebook('experiments/train'), {'warm_start': 'shipped'}, tmp_path) == {'warm_start': 'shipped'}
+    assert fit_params(find_notebook('experiments/train/train'), {'warm_start': 'shipped'}, tmp_path) == {'warm_start': 'shipped'}
 
 def test_train_bridge_opens_a_gate():
     "The smoke run is one of flow supervision: a noise level below ψ, and one above."
-    told = {k: ast.literal_eval(default) for k, (_, default) in typed_parameters(find_notebook('experiments/train_bridge')).items()}
+    told = {k: ast.literal_eval(default) for k, (_, default) in typed_parameters(find_notebook('experiments/train/train_bridge')).items()}
     p = TrainParams(**{k: told[k] for k in ('seed', 'batch_size', 'P_mean', 'P_std')})
     levels = [float(s) for step in range(1, told['steps'] + 1) for s in draw_sigma(p, step, range(p.batch_size))]
     assert told['objective'] == 'flow' and min(levels) < told['psi'] <= max(levels), levels

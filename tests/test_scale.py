@@ -93,7 +93,7 @@ def test_a_long_validation_is_waited_for(forks):
 
 def test_a_run_that_is_asked_to_end_saves(tmp_path):
     "SIGTERM or Ctrl-C to the command, which runs a notebook in a kernel: a checkpoint, one line, code 143 or 130; the same command goes on."
-    command = [sys.executable, '-m', 'flowloss_nb.runs', 'experiments/train', str(tmp_path), '-p', 'steps=100000', '-p', 'validate_every=0', '-p', 'clips=2']
+    command = [sys.executable, '-m', 'flowloss_nb.runs.runs', 'experiments/train/train', str(tmp_path), '-p', 'steps=100000', '-p', 'validate_every=0', '-p', 'clips=2']
     for asks, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         done, end = len(records.read_log(tmp_path)) if (tmp_path/'log.jsonl').exists() else 0, time.time() + PATIENCE
         p = subprocess.Popen(command, env=os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT)), cwd=ROOT, stderr=subprocess.PIPE, text=True,

@@ -5,10 +5,10 @@ from pathlib import Path
 from threading import Thread
 from conftest import PATIENCE, needs_system
 from flowloss_nb import records
-from flowloss_nb.sweeps import sweep
+from flowloss_nb.runs.sweeps import sweep
 
 ROOT = Path(__file__).parents[1]
-BOOK = "from dataclasses import dataclass\nfrom pathlib import Path\nimport time, torch\nfrom torch import nn\nfrom flowloss_nb.clips import ClipSet\nfrom flowloss_nb.edm import denoise\nfrom flowloss_nb.records import write_json\nfrom flowloss_nb.step import TrainParams\nfrom flowloss_nb.trainer import train"
+BOOK = "from dataclasses import dataclass\nfrom pathlib import Path\nimport time, torch\nfrom torch import nn\nfrom flowloss_nb.basics.clips import ClipSet\nfrom flowloss_nb.diffusion.edm import denoise\nfrom flowloss_nb.training.checkpoints import write_json\nfrom flowloss_nb.training.step import TrainParams\nfrom flowloss_nb.training.trainer import train"
 MODEL = '''class Codec(nn.Module):
     def encode(self, video): return video
     def encode_first(self, first): return first
