@@ -15,7 +15,7 @@ help: ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
 
 run: $(VENV)/.ok ## train with and without FlowLoss on robot clips and compare (other parameters: make run P='-p seeds=[1]')
-	python -m flowloss_nb.runs.runs experiments/train/compare $(RUN) --overwrite -f $(F) $(P)
+	python -m flowloss_nb.runs experiments/train/compare $(RUN) --overwrite -f $(F) $(P)
 
 test: $(VENV)/.ok ## run every notebook and every test (some of them: make test T='-k edm')
 	OMP_NUM_THREADS=1 pytest -q -n $(JOBS) --dist worksteal --durations 10 tests $(T)

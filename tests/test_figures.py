@@ -2,11 +2,14 @@
 import json, math
 import pytest
 import torch
-from flowloss_nb.training.checkpoints import append_log, write_json
+from flowloss_nb.basics.files import write_json
+from flowloss_nb.training.checkpoints import append_log
+from flowloss_nb.evaluation.validation import save_samples
+from flowloss_nb.evaluation.comparison import (
+    arms, COPY, fooled, lag, MEASURES, over_seeds, read_sweep, reservations, run_record,
+    strategy_rows, with_copy)
 from flowloss_nb.runs.runs import run_notebook
 from notebooks import NBS
-from flowloss_nb.evaluation.comparison import COPY, MEASURES, arms, fooled, lag, over_seeds, read_sweep, reservations, run_record, strategy_rows, with_copy
-from flowloss_nb.evaluation.validation import save_samples
 
 KEYS = ('psnr', 'psnr_changed', 'ssim', 'flow_error', 'flicker')
 ABOUT = dict(network='tf_efficientnet_lite0', weights='57ab', stride=None, clips=[3, 3])

@@ -2,8 +2,9 @@
 from dataclasses import replace
 import pytest, torch
 from safetensors.torch import load_file
-from flowloss_nb.training.checkpoints import latest_checkpoint
-from flowloss_nb.training.trainer import TrainParams, load_ema, train
+from flowloss_nb.basics.folders import latest_checkpoint
+from flowloss_nb.training.step import TrainParams
+from flowloss_nb.training.trainer import load_ema, train
 from test_resume import Codec, Denoiser, clips, objective
 
 PARAMS = TrainParams(steps=12, batch_size=2, warmup=0, lr=1e-3, ema=.999, validate_every=6, checkpoint_every=6, ratio_every=0, cpu=True, progress=False, tensorboard=False)

@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import PATIENCE, needs_system
-from flowloss_nb.data.bridge import thisthat_frames
-from flowloss_nb.basics.clips import check_batch, read_video, resample_frames, take, to_float
+from flowloss_nb.basics.clips import (
+    check_batch, read_video, resample_frames, take, thisthat_frames, to_float)
 from flowloss_nb.data.metaworld import load_clips
-from flowloss_nb.data.prepare import PreparedClips, map_cluster, map_local, prepare, prepared_splits
-from flowloss_nb.runs.runs import run_notebook
+from flowloss_nb.data.trees import (
+    Episode, stretch_clip, write_flat, write_lerobot, write_lerobot3, write_raw)
 from flowloss_nb.data.strips import Recipe
-from flowloss_nb.data.trees import Episode, stretch_clip, write_flat, write_lerobot, write_lerobot3, write_raw
+from flowloss_nb.data.prepare import map_cluster, map_local, prepare, prepared_splits, PreparedClips
+from flowloss_nb.runs.runs import run_notebook
 
 SMALL, ALONE = Recipe((64, 96)), partial(map_local, workers=1)
 ENV = os.environ | {'OMP_NUM_THREADS': '1', 'TF_CPP_MIN_LOG_LEVEL': '3', 'RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO': '0',
@@ -57,7 +58,7 @@ def end(process, expected=0):
 
 def die_at(what, n):
     "Let the n-th call of a function that writes be the process's last: half done, or just done if n is negative."
-    from flowloss_nb import prepare as p, strips
+    from flowloss_nb.data import prepare as p, strips
     owner, name = dict(replace=(os, 'replace'), clip=(Path, 'write_bytes'), journal=(Path, 'write_text'), manifest=(p, 'write_manifest'), report=(p, 'write_json'))[what]
     real, calls = getattr(owner, name), iter(range(1, 10**6))
     def call(*a, **k):

@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest, torch
 from conftest import PATIENCE
 from torch import nn
-from flowloss_nb.training import checkpoints, trainer
+from flowloss_nb.basics import files
 from flowloss_nb.basics.clips import ClipSet
+from flowloss_nb.basics.folders import lock_run
 from flowloss_nb.diffusion.edm import denoise
+from flowloss_nb.training.step import TrainParams
+from flowloss_nb.training.trainer import train
 from flowloss_nb.runs.runs import make_room, new_run
-from flowloss_nb.training.trainer import TrainParams, train
+from flowloss_nb.training import checkpoints, trainer
 
 PARAMS = TrainParams(steps=60, batch_size=4, warmup=5, lr=0.01, checkpoint_every=3, validate_every=7, ratio_every=4,
                      cpu=True, progress=False)
@@ -76,12 +79,12 @@ def lives(run_dir, kills=6):
         ends.append([killed(fork(run_dir, seed=n if checkpoints.latest_checkpoint(run_dir) else 0), run_dir, dice), lines(run_dir)])
     return ends, os.waitpid(fork(run_dir, seed=99), 0)[1]
 
-MOMENTS = {'in a file': ('save_file', 5), 'before the state': ('write_json', 6), 'before the name': ('rename', 2), 'after the name': ('rename', -2),
+MOMENTS = {'in a file': ('save_file', 5), 'before the state': ('write_json', 5), 'before the name': ('rename', 2), 'after the name': ('rename', -2),
            'before the oldest goes': ('rename', 4), 'in a line of the log': ('append_log', 8)}
 
 def deadly(what, n):
     "Let the n-th call of a function that writes be the run's last: half done or not begun, or done if n is negative."
-    owner, calls = dict(rename=Path, append_log=trainer).get(what, checkpoints), iter(range(1, 10**6))
+    owner, calls = dict(rename=Path, append_log=trainer, save_file=files).get(what, checkpoints), iter(range(1, 10**6))
     real = getattr(owner, what)
     def call(*a):
         if next(calls) != abs(n): return real(*a)
@@ -160,11 +163,11 @@ def test_full_disk_while_saving(tmp_path, monkeypatch):
     short = replace(PARAMS, steps=6, tensorboard=False)
     go(tmp_path/'whole', params=short)
     go(tmp_path/'run', params=replace(short, steps=3))
-    real = checkpoints.save_file
+    real = files.save_file
     def full(tensors, path):
         if 'ema' in str(path): Path(path).write_bytes(b'half of it'); raise OSError(errno.ENOSPC, 'No space left on device')
         real(tensors, path)
-    monkeypatch.setattr(checkpoints, 'save_file', full)
+    monkeypatch.setattr(files, 'save_file', full)
     with pytest.raises(OSError, match='checkpoint step_0000003 is whole; make room'): go(tmp_path/'run', params=short)
     assert [p.name for p in (tmp_path/'run/checkpoints').iterdir()] == ['step_0000003']
     monkeypatch.undo()
@@ -173,7 +176,7 @@ def test_full_disk_while_saving(tmp_path, monkeypatch):
     assert train_lines('run') == train_lines('whole')
 
 def test_folder_in_use_names_the_process(tmp_path):
-    with checkpoints.lock_run(tmp_path), pytest.raises(RuntimeError, match=f'in use by process {os.getpid()}'): go(tmp_path)
+    with lock_run(tmp_path), pytest.raises(RuntimeError, match=f'in use by process {os.getpid()}'): go(tmp_path)
 
 # ---- overwriting
 
@@ -227,7 +230,7 @@ def test_overwriting_killed_at_each_step(finished, tmp_path, monkeypatch):
         if n % 3 == 2 and n % 4: go(run, params=OTHER, seed=5); assert weights(run) == weights(finished/'new') != weights(finished/'old')
         left = files(run) - files(finished/'new') - {'notebook.lock', 'versions.json'}
         assert not left and not (run/'metrics.json').exists(), (n, left)
-        if (run/'params.json').exists(): assert 'experiment' not in (told := checkpoints.read_json(run/'params.json')) or told['experiment'] == {'lr': OTHER.lr}
+        if (run/'params.json').exists(): assert 'experiment' not in (told := files.read_json(run/'params.json')) or told['experiment'] == {'lr': OTHER.lr}
         shutil.rmtree(run)
     assert n > 20, 'so many steps were there'
 

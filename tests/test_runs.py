@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 from conftest import PATIENCE
 from notebooks import experiments
-from flowloss_nb.runs.runs import find_notebook, fit_params, main, read_params, run_notebook, tagged_cell, typed_parameters
-from flowloss_nb.training.step import TrainParams, draw_sigma
-from flowloss_nb.runs.sweeps import expand, sweep
+from flowloss_nb.training.step import draw_sigma, TrainParams
+from flowloss_nb.runs.runs import (
+    find_notebook, fit_params, read_params, run_notebook, tagged_cell, typed_parameters)
+from flowloss_nb.runs.sweeps import expand, main, sweep
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,7 +20,7 @@ def notebook(path, *sources):
 
 def command(*words, cwd=ROOT, **more):
     env = os.environ | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'} | more
-    return subprocess.run([sys.executable, '-m', 'flowloss_nb.runs.runs', *map(str, words)], cwd=cwd, env=env, capture_output=True, text=True, timeout=PATIENCE)
+    return subprocess.run([sys.executable, '-m', 'flowloss_nb.runs', *map(str, words)], cwd=cwd, env=env, capture_output=True, text=True, timeout=PATIENCE)
 
 def test_command_line(tmp_path):
     write = "import json, pathlib\npathlib.Path(run_dir, 'report.html').write_text('x')\njson.dump({'rate': rate}, open(f'{run_dir}/metrics.json', 'w'))"

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 import pytest, torch
 from conftest import PATIENCE
-from flowloss_nb import records
+from flowloss_nb.training import checkpoints
 from test_resume import PARAMS, fork, go, story
 
 ROOT = Path(__file__).parents[1]
@@ -24,7 +24,7 @@ def two(folder, params, **env):
     assert [p.returncode for p in both] == [0, 0], told[0][1][-2000:] + told[1][1][-2000:]
     return told[0][0]
 
-def weights(folder): return records.load_checkpoint(records.latest_checkpoint(folder))[0]
+def weights(folder): return checkpoints.load_checkpoint(checkpoints.latest_checkpoint(folder))[0]
 
 @pytest.fixture(scope='module')
 def one(tmp_path_factory):
@@ -88,22 +88,22 @@ def test_the_environment_changes_nothing(forks):
 def test_a_long_validation_is_waited_for(forks):
     "One process validates for four seconds; the other waits for it, or gives up after `patience` minutes, here a second."
     root, codes, said = forks
-    assert codes['patient'] == [0, 0] and records.latest_checkpoint(root/'patient').name == 'step_0000002', said[-3000:]
+    assert codes['patient'] == [0, 0] and checkpoints.latest_checkpoint(root/'patient').name == 'step_0000002', said[-3000:]
     assert codes['hasty'] != [0, 0]
 
 def test_a_run_that_is_asked_to_end_saves(tmp_path):
     "SIGTERM or Ctrl-C to the command, which runs a notebook in a kernel: a checkpoint, one line, code 143 or 130; the same command goes on."
-    command = [sys.executable, '-m', 'flowloss_nb.runs.runs', 'experiments/train/train', str(tmp_path), '-p', 'steps=100000', '-p', 'validate_every=0', '-p', 'clips=2']
+    command = [sys.executable, '-m', 'flowloss_nb.runs', 'experiments/train/train', str(tmp_path), '-p', 'steps=100000', '-p', 'validate_every=0', '-p', 'clips=2']
     for asks, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
-        done, end = len(records.read_log(tmp_path)) if (tmp_path/'log.jsonl').exists() else 0, time.time() + PATIENCE
+        done, end = len(checkpoints.read_log(tmp_path)) if (tmp_path/'log.jsonl').exists() else 0, time.time() + PATIENCE
         p = subprocess.Popen(command, env=os.environ | dict(OMP_NUM_THREADS='1', PYTHONPATH=str(ROOT)), cwd=ROOT, stderr=subprocess.PIPE, text=True,
                              preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # in the background Ctrl-C is ignored
-        while not ((tmp_path/'log.jsonl').exists() and len(records.read_log(tmp_path)) > done + 2):
+        while not ((tmp_path/'log.jsonl').exists() and len(checkpoints.read_log(tmp_path)) > done + 2):
             assert p.poll() is None and time.time() < end, p.stderr.read()[-2000:]
             time.sleep(.5)
         p.send_signal(asks)
         told = p.communicate(timeout=PATIENCE)[1]
         assert p.returncode == code and 'the checkpoint in' in told and 'is whole' in told and 'Traceback' not in told and told.count('\n') < 5, told[-2000:]
-        last = records.latest_checkpoint(tmp_path)
-        assert int(last.name[5:]) == records.read_log(tmp_path, 'train')[-1]['step'] and not list((tmp_path/'checkpoints').glob('.*'))
-    assert [line['step'] for line in records.read_log(tmp_path, 'train')] == list(range(1, int(last.name[5:]) + 1))
+        last = checkpoints.latest_checkpoint(tmp_path)
+        assert int(last.name[5:]) == checkpoints.read_log(tmp_path, 'train')[-1]['step'] and not list((tmp_path/'checkpoints').glob('.*'))
+    assert [line['step'] for line in checkpoints.read_log(tmp_path, 'train')] == list(range(1, int(last.name[5:]) + 1))

@@ -4,7 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
 from conftest import PATIENCE, needs_system
-from flowloss_nb import records
+from flowloss_nb.training import checkpoints
 from flowloss_nb.runs.sweeps import sweep
 
 ROOT = Path(__file__).parents[1]
@@ -32,10 +32,10 @@ def kill_once(folder, steps):
     "Kill the worker that runs this run, once it has a checkpoint; its process is the one that holds the run's folder. What the run had logged until then is kept: by the clock, no step takes as long twice."
     end = time.time() + PATIENCE
     while time.time() < end:
-        last = records.latest_checkpoint(folder)
+        last = checkpoints.latest_checkpoint(folder)
         if last and int(last.name[5:]) < steps - 20:
             os.kill(int((folder/'notebook.lock').read_text().split()[0]), signal.SIGKILL)
-            (folder.parent/'killed').write_text(json.dumps([l['seconds'] for l in records.read_log(folder, 'train')][:int(last.name[5:])])); return
+            (folder.parent/'killed').write_text(json.dumps([l['seconds'] for l in checkpoints.read_log(folder, 'train')][:int(last.name[5:])])); return
         time.sleep(.05)
 
 def test_a_worker_is_killed_and_the_run_completes(tmp_path, monkeypatch):
@@ -58,6 +58,6 @@ def test_a_worker_is_killed_and_the_run_completes(tmp_path, monkeypatch):
     assert [r['state'] for r in whole + rows] == ['done']*3, rows
     a, b = (json.loads((tmp_path/f/'seed=0'/'metrics.json').read_text()) for f in ('whole', 's'))
     assert a == b and b['step'] == steps        # to the bit
-    lines, before = records.read_log(tmp_path/'s'/'seed=0', 'train'), json.loads((tmp_path/'s'/'killed').read_text())
+    lines, before = checkpoints.read_log(tmp_path/'s'/'seed=0', 'train'), json.loads((tmp_path/'s'/'killed').read_text())
     assert [l['step'] for l in lines] == list(range(1, steps + 1))
     assert before and [l['seconds'] for l in lines][:len(before)] == before     # it went on from the checkpoint, and not from the start

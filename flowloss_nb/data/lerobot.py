@@ -19,9 +19,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from av.video.reformatter import VideoReformatter
-from .bridge import Trajectory, Unit, Unusable, belongs, entries, first_prompt, kind
-from .bridge import own_splits, read_some, refuse_pointer
 from ..basics.clips import rgb_picture, video_stream
+from flowloss_nb.data.bridge import (
+    belongs, entries, first_prompt, own_splits, read_some, refuse_pointer, Trajectory, Unit,
+    Unusable)
 
 # %% ../../nbs/2_data/04_lerobot.ipynb #2003d14e
 def inside(

@@ -10,13 +10,13 @@ __all__ = ['MOTION_STEP', 'DEPTH_STEP', 'Camera', 'project', 'unproject', 'pixel
 
 # %% ../../nbs/2_data/01_metaworld.ipynb #c003
 import hashlib, io, json, lzma
-from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
-from ..basics.clips import ClipSet, atomic_path
+from ..basics.files import atomic_path, PACKAGE
+from ..basics.clips import ClipSet
 
 # %% ../../nbs/2_data/01_metaworld.ipynb #c006
 class Camera(NamedTuple):
@@ -195,7 +195,7 @@ def decode_frames(
 # %% ../../nbs/2_data/01_metaworld.ipynb #c040
 def data_folder()->Path: # Where the embedded clips lie
     "The package's own data."
-    return Path(str(files('flowloss_nb')))/'assets/clips'
+    return PACKAGE/'assets/clips'
 
 def read_manifest(
     folder:str|Path|None=None, # Where the clips lie; default: in the package

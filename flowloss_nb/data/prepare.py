@@ -19,11 +19,12 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
-from .bridge import Unusable, raw_units, read_some
-from ..basics.clips import atomic_path, to_float
-from ..training.checkpoints import keep_params, lock_run, write_json
+from ..basics.files import atomic_path, write_json
+from ..basics.folders import keep_params, lock_run
+from ..basics.clips import to_float
+from .bridge import raw_units, read_some, Unusable
 from .rlds import find_units, need
-from .strips import Recipe, begin_worker, do_unit, read_strip
+from .strips import begin_worker, do_unit, read_strip, Recipe
 
 # %% ../../nbs/2_data/07_prepare.ipynb #6dfe6c66
 def in_order(

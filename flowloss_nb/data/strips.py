@@ -15,8 +15,9 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import simplejpeg
-from .bridge import Trajectory, Unit, Unusable, read_picture
-from ..basics.clips import atomic_path, resample_frames
+from ..basics.files import atomic_path
+from ..basics.clips import resample_frames
+from .bridge import read_picture, Trajectory, Unit, Unusable
 from .lerobot import is_flat
 
 # %% ../../nbs/2_data/06_strips.ipynb #f70ab8f3

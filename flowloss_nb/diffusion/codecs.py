@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
-from ..basics.clips import atomic_path, full_precision, read_tensors
+from ..basics.files import atomic_path, read_tensors
+from ..basics.clips import full_precision
 
 # %% ../../nbs/4_diffusion/02_codecs.ipynb #c006
 def pick_frames(

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, StableVideoDiffusionPipeline, UNetSpatioTemporalConditionModel
 from safetensors.torch import save_file
-from .clip import load_image, load_text, random_clip
-from ..basics.clips import own_name, read_tensors
+from ..basics.files import own_name, read_tensors
 from .denoiser import Denoiser
-from .svd_codec import SVDCodec, load_svd_codec, variant_of
+from .svd_codec import SVDCodec, variant_of
+from .clip import load_image, load_text, random_clip
 
 # %% ../../nbs/4_diffusion/08_svd.ipynb #2c95ab8f
 SVD_RANGE = (.002, 700.)     # Smallest and largest σ that SVD samples at

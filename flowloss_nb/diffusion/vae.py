@@ -10,7 +10,7 @@ import torch
 from pathlib import Path
 from torch import Generator, Tensor, nn
 from safetensors import safe_open
-from ..basics.clips import read_tensors
+from ..basics.files import read_tensors
 from .codecs import pick_frames
 
 # %% ../../nbs/4_diffusion/03_vae.ipynb #c006

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from safetensors.torch import save_file
-from ..basics.clips import atomic_path, contact_sheet, file_name, full_precision, read_tensors
-from ..basics.clips import take, to_float, to_uint8, write_video
+from ..basics.files import atomic_path, file_name, read_tensors
+from ..basics.clips import (
+    contact_sheet, full_precision, take, to_float, to_uint8, write_video)
 from ..diffusion.edm import expand
-from .metrics import clip_measures, copy_first, summarise
 from ..training.step import stream
+from .metrics import clip_measures, copy_first, summarise
 
 # %% ../../nbs/6_evaluation/04_validation.ipynb #c006
 def fixed_noise(

@@ -5,24 +5,24 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'TORCHVISION', 'RaftEstimator', 'save_raft', 'load_raft', 'small_estimator', 'flow_sums', 'flow_table',
            'zero_flow', 'dis_steps', 'dis_chained', 'exact_flow', 'sees_whole', 'refuse_some', 'batches',
-           'draw_estimators', 'digest', 'net_hash', 'fingerprint', 'keep', 'true_flow', 'estimated_truth',
-           'TorchvisionRaft', 'load_torchvision']
+           'draw_estimators', 'net_hash', 'fingerprint', 'true_flow', 'TorchvisionRaft', 'load_torchvision']
 
 # %% ../../nbs/3_flow/07_estimators.ipynb #c003
-import hashlib, json, warnings
-from importlib.resources import files
+import hashlib, json
 from pathlib import Path
 from collections.abc import Callable
 import torch
 from torch import Tensor, nn
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
-from ..basics.clips import ClipSet, atomic_path, check_video, read_tensors, take, to_uint8
-from .fields import (chain_flow, consistency_visible, epe, flow_to_rgb, in_float32, keep_float32,
-    moving, target_frames, warp)
+from ..basics.files import atomic_path, digest, PACKAGE, read_tensors
+from ..basics.clips import check_video, ClipSet, take, to_uint8
+from flowloss_nb.flow.fields import (
+    chain_flow, consistency_visible, epe, flow_to_rgb, in_float32, keep_float32, moving,
+    target_frames, warp)
+from .raft import check_frames, RAFT, refine, source_context, target_features
+from .official import load_official, Official
 from .dot import fit_back, fit_frames, whole_size
-from .official import Official, load_official
-from .raft import RAFT, check_frames, refine, source_context, target_features
 
 # %% ../../nbs/3_flow/07_estimators.ipynb #c009
 class RaftEstimator(nn.Module):
@@ -49,7 +49,7 @@ class RaftEstimator(nn.Module):
         return out['flow'].unflatten(0, (B, K)), out['visible'].unflatten(0, (B, K))
 
 # %% ../../nbs/3_flow/07_estimators.ipynb #c016
-WEIGHTS = Path(str(files('flowloss_nb')))/'assets/weights'
+WEIGHTS = PACKAGE/'assets/weights'
 
 # %% ../../nbs/3_flow/07_estimators.ipynb #c017
 def save_raft(
@@ -221,14 +221,6 @@ def draw_estimators(
     return fig
 
 # %% ../../nbs/3_flow/07_estimators.ipynb #c042
-def digest(
-    tensors:dict,   # Name → tensor
-)->str:             # 16 hex digits
-    "A hash of names, types, shapes and values."
-    h = hashlib.sha256()
-    for k, v in sorted(tensors.items()): h.update(f'{k} {v.dtype} {tuple(v.shape)}'.encode() + v.cpu().contiguous().numpy().tobytes())
-    return h.hexdigest()[:16]
-
 def net_hash(
     net:nn.Module,      # Weights and settings
 )->str:                 # 16 hex digits
@@ -243,24 +235,6 @@ def fingerprint(
     "What a cached flow depends on: weights, clips, size."
     return hashlib.sha256((net_hash(estimator) + digest({'frames': clips.frames})).encode()).hexdigest()[:16]
 
-# %% ../../nbs/3_flow/07_estimators.ipynb #c043
-def keep(
-    path:Path,      # Cache file, `.safetensors`
-    key:str,        # What it is the result of
-    make:Callable,  # → {name: tensor}, called if there is no whole file of this key
-)->dict:            # Name → tensor
-    "Read a result from the cache, or compute it and keep it."
-    try:
-        with safe_open(path, 'pt') as f: told = f.metadata() or {}
-        kept = read_tensors(path)
-        if (told.get('key'), told.get('digest')) == (key, digest(kept)): return kept
-        warnings.warn(f'{path} is not what its name says, or is damaged: made anew')
-    except FileNotFoundError: pass
-    except (SafetensorError, OSError) as e: warnings.warn(f'{path} cannot be read ({e}): made anew')
-    made = make()
-    with atomic_path(path) as temp: save_file(made, temp, {'key': key, 'digest': digest(made)})
-    return made
-
 # %% ../../nbs/3_flow/07_estimators.ipynb #f0c5d218
 @torch.no_grad()
 def true_flow(
@@ -273,22 +247,6 @@ def true_flow(
     tracks = {'tracks': estimator.tracks(video)} if anchored else {}
     flow, visible = estimator(video, None, *tracks.values())
     return dict(flow=flow.half(), visible=visible > .5) | tracks
-
-# %% ../../nbs/3_flow/07_estimators.ipynb #new4154
-def estimated_truth(
-    estimator:nn.Module,    # F
-    clips:ClipSet,          # Clips without augmentation
-    folder:Path,            # Where the cache lives
-    anchored:bool=False,    # Keep the tracks of y as well, so that F(ŷ) starts from them (DOT)
-)->Callable:                # i → (flow, visible) or (flow, visible, tracks), to replace the set's exact truth
-    "F(y) of every clip, from the cache or computed and kept there."
-    where = next(estimator.parameters(), torch.empty(0)).device
-    def all_clips():
-        seen = [true_flow(estimator, b['video'], anchored) for b in batches(clips, device=where)]
-        return {k: torch.cat([s[k].cpu() for s in seen]) for k in seen[0]}
-    key = fingerprint(estimator, clips) + '-anchored'*anchored
-    kept = keep(Path(folder)/f'flow-{key}.safetensors', key, all_clips)
-    return lambda i: (kept['flow'][i].float(), *(kept[k][i] for k in ('visible', 'tracks') if k in kept))
 
 # %% ../../nbs/3_flow/07_estimators.ipynb #new3242
 TORCHVISION = {name: Official(file, "no licence stated for the weights; torchvision's code is BSD-3-Clause", file[-12:-4], 'https://download.pytorch.org/models/')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'choose_estimator', 'Stage', 'with_flow', 'embedded_stage', 'stage_denoiser', 'shipped_weights',
-           'results', 'recorded', 'choose_objective', 'warmed', 'calibrate', 'judge_clips', 'interleave']
+           'choose_objective', 'warmed', 'calibrate', 'judge_clips', 'interleave']
 
 # %% ../../nbs/7_runs/03_stage.ipynb #c003
 import copy
@@ -17,19 +17,21 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 from ..basics.clips import ClipSet, spread, take
-from ..diffusion.codecs import fit_linear
-from ..diffusion.conditioning import WordEncoder, build_vocabulary
-from ..diffusion.denoiser import Denoiser, small_denoiser
-from ..flow.dot import load_dot
-from ..flow.estimators import WEIGHTS, estimated_truth, load_torchvision, refuse_some, sees_whole, small_estimator
-from ..training.losses import (averaged, flow_objective, hard_gate, large_gate, motion_weighted_objective, paper_scale,
-    recon_objective, soft_gate, warp_objective)
 from ..data.metaworld import load_clips, read_manifest
-from ..evaluation.metrics import clip_measures, copy_first
-from ..training.checkpoints import read_json
+from ..flow.dot import load_dot
+from ..flow.estimators import (
+    load_torchvision, refuse_some, sees_whole, small_estimator, WEIGHTS)
+from ..diffusion.codecs import fit_linear
+from ..diffusion.conditioning import build_vocabulary, WordEncoder
+from ..diffusion.denoiser import Denoiser, small_denoiser
+from ..diffusion.known import estimated_truth
+from ..training.losses import (
+    averaged, flow_objective, hard_gate, large_gate, motion_weighted_objective, paper_scale,
+    recon_objective, soft_gate, warp_objective)
+from ..training.step import gradient_norms, step_losses, stream, TrainParams
 from ..training.scale import run_device
-from ..training.step import TrainParams, gradient_norms, step_losses, stream
-from ..training.trainer import Job, begin, load_weights, make_accelerator, train_step
+from ..training.trainer import begin, Job, load_weights, make_accelerator, train_step
+from ..evaluation.metrics import clip_measures, copy_first
 from ..evaluation.validation import denoise_clips, keep_clips, sample_clips
 
 # %% ../../nbs/7_runs/03_stage.ipynb #2cf14272
@@ -111,19 +113,6 @@ def shipped_weights()->Path:
     path = WEIGHTS/'denoiser.safetensors'
     if not path.exists(): raise FileNotFoundError(f'{path}: the shipped checkpoint is missing; reinstall the package, or use warm_start=None')
     return path
-
-# %% ../../nbs/7_runs/03_stage.ipynb #c014
-def results(
-    name:str,       # Of a file or folder in `nbs/results`
-)->Path|None:       # Where it is, seen from a notebook or the repository's root; None if it isn't there
-    "Something recorded."
-    return next((p for f in ('.', '..', 'nbs') if (p := Path(f)/'results'/name).exists()), None)
-
-def recorded(
-    name:str,       # Of the recorded run, e.g. 'compare_warm'
-)->dict|None:       # Its metrics, or None if nothing is recorded under this name
-    "Read the metrics of a recorded run."
-    return read_json(path) if (path := results(f'{name}.json')) else None
 
 # %% ../../nbs/7_runs/03_stage.ipynb #c017
 OBJECTIVES = {

@@ -14,8 +14,10 @@ from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
-from ..training.checkpoints import plain, read_json, same, steps_in, write_json, write_text
-from .runs import find_notebook, fit_params, markdown_table, read_params, run_notebook
+from ..basics.files import plain, read_json, write_json, write_text
+from ..basics.folders import same, steps_in
+from ..evaluation.pages import markdown_table
+from .runs import find_notebook, fit_params, read_params, run_notebook
 
 # %% ../../nbs/7_runs/02_sweeps.ipynb #5a715ac1
 class Run(NamedTuple):

@@ -25,13 +25,16 @@ from accelerate.utils import TorchDynamoPlugin, gather_object
 from torch import nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
-from ..basics.clips import batch_indices, check_batch, read_tensors, take
-from .checkpoints import append_log, cut_log, keep_params, list_checkpoints, lock_run, read_log
-from .checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
-from .scale import Stopped, end_asked, make_adam, place_modules, restore_scaler, run_device
-from .scale import scaler_state, set_state, shard, sliced, whole
-from .step import FREE, TrainParams, check_params, draw_sigma, ema_decay, gradient_norms
-from .step import learning_rate, merge_scalars, places, scalars, step_losses, stream, update_ema, widen
+from ..basics.files import read_tensors
+from ..basics.folders import keep_params, latest_checkpoint, lock_run
+from ..basics.clips import batch_indices, check_batch, take
+from .step import (
+    check_params, ema_decay, FREE, gradient_norms, learning_rate, merge_scalars, places,
+    scalars, step_losses, stream, TrainParams, update_ema, widen)
+from .checkpoints import append_log, cut_log, load_checkpoint, save_checkpoint
+from .scale import (
+    end_asked, make_adam, place_modules, restore_scaler, run_device, scaler_state, set_state,
+    shard, sliced, Stopped, whole)
 
 # %% ../../nbs/5_training/05_trainer.ipynb #a85ad563
 sys.modules.setdefault('tensorboard.compat.notf', ModuleType('notf'))
