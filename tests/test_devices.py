@@ -32,7 +32,7 @@ def test_every_experiment_is_here():
 @pytest.fixture
 def quick(monkeypatch):
     "Clips of 32×48, and an F that looks once; costs are asked for elsewhere."
-    from flowloss_nb.basics.cost import cost
+    from flowloss_nb.basics import cost
     from flowloss_nb.data import metaworld
     from flowloss_nb.flow import dot, estimators, raft
     from flowloss_nb.runs import plan, stage, trained

@@ -162,8 +162,7 @@ def test_cluster_of_two_nodes(tree, whole, tmp_path, monkeypatch):
 # ---- true pictures, every layout
 
 DRAWS = """import sys, numpy as np
-from flowloss_nb.simulator.generator import FIXED, Studio
-from flowloss_nb.data.trees import film
+from flowloss_nb.simulator.generator import FIXED, Studio, film
 studio = Studio('drawer-close-v3', FIXED, (160, 240), 10)
 made = [film(studio, 1080 + i, n) for i, n in enumerate((10, 24, 60))]
 np.savez(sys.argv[1], *[e.frames for e in made], prompts=[e.prompt for e in made])

@@ -79,7 +79,7 @@ def lives(run_dir, kills=6):
         ends.append([killed(fork(run_dir, seed=n if checkpoints.latest_checkpoint(run_dir) else 0), run_dir, dice), lines(run_dir)])
     return ends, os.waitpid(fork(run_dir, seed=99), 0)[1]
 
-MOMENTS = {'in a file': ('save_file', 5), 'before the state': ('write_json', 5), 'before the name': ('rename', 2), 'after the name': ('rename', -2),
+MOMENTS = {'in a file': ('save_file', 5), 'before the state': ('write_json', 2), 'before the name': ('rename', 2), 'after the name': ('rename', -2),
            'before the oldest goes': ('rename', 4), 'in a line of the log': ('append_log', 8)}
 
 def deadly(what, n):
@@ -215,20 +215,20 @@ def weights(run_dir): return (checkpoints.latest_checkpoint(run_dir)/'model.safe
 def test_overwriting_killed_at_each_step(finished, tmp_path, monkeypatch):
     "Whenever overwriting is cut short, the next start finishes it, or finds the old run untouched; nothing of the old run gets into the new one."
     n, alive = 0, False
-    files = lambda at: {str(p.relative_to(at)) for p in at.rglob('*') if p.name != 'lock'}
+    names = lambda at: {str(p.relative_to(at)) for p in at.rglob('*') if p.name != 'lock'}
     while not alive:
         n += 1; run = tmp_path/f'{n}'; shutil.copytree(finished/'old', run)
         with deadly_disk(monkeypatch, n): make_room(run, overwrite=True); alive = True
         begun = (run/'.going').exists() or not (run/'metrics.json').exists()
         if not begun:
-            assert files(run) == files(finished/'old'), 'killed before it began: the old run is whole'
+            assert names(run) == names(finished/'old'), 'killed before it began: the old run is whole'
             with pytest.raises(FileExistsError, match='holds a finished run'): make_room(run, overwrite=False)
             with pytest.raises(ValueError, match='train.lr: 0.01 → 1.0'): go(run, params=OTHER, seed=5)
         if n % 3 == 0 or not begun: make_room(run, overwrite=True)
         if n % 3 == 1: make_room(run, overwrite=False)
         if n % 4 == 0: new_run(run, {'lr': OTHER.lr})
         if n % 3 == 2 and n % 4: go(run, params=OTHER, seed=5); assert weights(run) == weights(finished/'new') != weights(finished/'old')
-        left = files(run) - files(finished/'new') - {'notebook.lock', 'versions.json'}
+        left = names(run) - names(finished/'new') - {'notebook.lock', 'versions.json'}
         assert not left and not (run/'metrics.json').exists(), (n, left)
         if (run/'params.json').exists(): assert 'experiment' not in (told := files.read_json(run/'params.json')) or told['experiment'] == {'lr': OTHER.lr}
         shutil.rmtree(run)
@@ -265,8 +265,8 @@ def test_strays_hinder_no_run(finished, tmp_path):
     assert {p.name for p in folder.iterdir()} == {*strays, 'step_0000003'} and weights(tmp_path/'run') == weights(finished/'old')
 
 def test_tensors_are_read_in_one_place():
-    "`clips.read_tensors` copies; a tensor that stays mapped to a file is lost with the file."
-    found = [p.name for p in Path(checkpoints.__file__).parent.rglob('*.py') if 'load_file(' in p.read_text()]
-    assert found == ['clips.py']
+    "`files.read_tensors` copies; a tensor that stays mapped to a file is lost with the file."
+    found = [p.name for p in Path(files.__file__).parents[1].rglob('*.py') if 'load_file(' in p.read_text()]
+    assert found == ['files.py']
 
 if __name__ == '__main__': script(Path(sys.argv[1]))
