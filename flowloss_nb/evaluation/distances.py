@@ -21,7 +21,7 @@ from ..basics.clips import check_video, full_precision, resize_video, to_uint8
 from .i3d import I3D_FVD, I3D_SCRIPT, i3d_looks, load_i3d, load_script, script_looks
 from .metrics import as_shown, check_units, copy_first, on_screen
 from ..training.scale import run_device
-from ..flow.official import Official, check_hash, find_official, fit_state, read_tensors
+from ..flow.official import Official, check_hash, find_official, fit_state, read_official
 
 # %% ../../nbs/6_evaluation/03_distances.ipynb #5145325b
 class TooFew(ValueError):
@@ -108,7 +108,7 @@ def lite0_file()->Path: # Where the package keeps its weights
 def lite0()->nn.Module: # Frozen, in evaluation mode
     "EfficientNet-Lite0 with ImageNet weights."
     import timm # here: importing it takes seconds
-    net, state = timm.create_model('tf_efficientnet_lite0', pretrained=False), read_tensors(lite0_file())
+    net, state = timm.create_model('tf_efficientnet_lite0', pretrained=False), read_official(lite0_file())
     names = list(net.state_dict())
     if len(names) != len(state): raise ValueError(f"timm's network has {len(names)} tensors, the file {len(state)}: another version of timm?")
     return fit_state(net, dict(zip(names, state.values())), str(lite0_file())).to(memory_format=torch.channels_last) # faster on CPUs
@@ -185,7 +185,7 @@ def load_lpips(
     from lpips import LPIPS
     with warnings.catch_warnings(): warnings.simplefilter('ignore'); net = LPIPS(net='alex', pnet_rand=True, verbose=False)
     names = {'features.' + k.split('.', 1)[1]: k for k in net.net.state_dict()} # LPIPS cuts the trunk into slices
-    trunk = {names.get(k, k): v for k, v in read_tensors(path).items() if k.startswith('features.')}
+    trunk = {names.get(k, k): v for k, v in read_official(path).items() if k.startswith('features.')}
     fit_state(net.net, trunk, str(path))
     return net.eval().requires_grad_(False)
 
@@ -236,7 +236,7 @@ def fid_measure(
     "Fréchet distance of frames, by Inception."
     path = find_official(folder, INCEPTION)
     check_hash(path, INCEPTION)
-    net = fit_state(empty_inception(), read_tensors(path), str(path)).to(run_device())
+    net = fit_state(empty_inception(), read_official(path), str(path)).to(run_device())
     about = dict(network='inception-v3-compat of torch-fidelity', weights=file_hash(path), looked_at=[299, 299], features='2048 per frame, frames 1..T-1, on bytes')
     return {'FID': Measure(partial(inception_looks, net=net), partial(frechet_value, minimum=minimum), about)}
 
