@@ -161,7 +161,7 @@ def unit_tracks(
     scale = [(s - 1)/(c - 1)/(f - 1) for s, c, f in zip(size, clip, whole)][::-1]
     return tracks * torch.tensor([*scale, 1.]).to(tracks)
 
-# %% ../../nbs/3_flow/06_dot.ipynb #c029
+# %% ../../nbs/3_flow/06_dot.ipynb #2a10a008
 def refine_each(
     net:RAFT,               # DOT's refiner
     inputs:list[Tensor],    # Of N targets: source features and context, frame, coarse flow, visible
@@ -178,6 +178,7 @@ def refine_each(
     parts = [step(*some) for some in zip(*(x.split(at_once) for x in inputs))]
     return [torch.cat(x) for x in zip(*parts)]
 
+# %% ../../nbs/3_flow/06_dot.ipynb #c029
 def refine_tracks(
     net:RAFT,               # DOT's refiner
     video:Tensor,           # `(B,T,3,h,w)` in [-1, 1]

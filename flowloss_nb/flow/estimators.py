@@ -305,7 +305,7 @@ def true_flow(
     flow, visible = estimator(video, None, *tracks.values())
     return dict(flow=flow.half(), visible=visible > .5) | tracks
 
-# %% ../../nbs/3_flow/07_estimators.ipynb #new3242
+# %% ../../nbs/3_flow/07_estimators.ipynb #e5710012
 def torchvision_file(
     file:str,       # A file of torchvision's weights, whose name ends in its hash
 )->Official:
@@ -317,6 +317,7 @@ TORCHVISION = {
     'large': torchvision_file('raft_large_C_T_SKHT_V2-ff5fadd5.pth'),
     'small': torchvision_file('raft_small_C_T_V2-01064c6d.pth')}
 
+# %% ../../nbs/3_flow/07_estimators.ipynb #new3242
 class TorchvisionRaft(nn.Module):
     "torchvision's RAFT as F: the flow is differentiable in the video, the visibility is not."
     def __init__(self,
@@ -340,6 +341,7 @@ class TorchvisionRaft(nn.Module):
         with torch.no_grad(): visible = consistency_visible(flow, run(target, source)).to(flow)
         return flow.unflatten(0, targets.shape), visible.unflatten(0, targets.shape)
 
+# %% ../../nbs/3_flow/07_estimators.ipynb #e5710013
 def load_torchvision(
     folder:Path,        # With the weights
     name:str='large',   # 'large' or 'small'

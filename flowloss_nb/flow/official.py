@@ -80,6 +80,7 @@ def without_prefix(
             state = {k.removeprefix(prefix): v for k, v in state.items()}
     return state
 
+# %% ../../nbs/3_flow/04_official.ipynb #4f0c0002
 def fit_state(
     net:nn.Module,  # The network
     state:dict,     # Key → tensor, with or without a prefix
@@ -97,6 +98,7 @@ def fit_state(
     net.load_state_dict(state)
     return net.eval().requires_grad_(False)
 
+# %% ../../nbs/3_flow/04_official.ipynb #4f0c0004
 def load_official(
     net:nn.Module,      # A network of the file's configuration
     folder:str|Path,    # Where the user keeps weights

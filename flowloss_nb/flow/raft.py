@@ -6,8 +6,8 @@
 __all__ = ['dot_estimator', 'dot_refiner', 'small_raft', 'FrozenConv', 'Conv', 'conv', 'rectified', 'ResidualBlock', 'Encoder',
            'correlation_pyramid', 'lookup', 'feature_pyramid', 'lookup_features', 'cost_lookup', 'softmax_match',
            'FeatureAttention', 'MotionEncoder', 'SepConvGRU', 'Head', 'UpdateBlock', 'convex_upsample', 'RAFT',
-           'check_frames', 'source_context', 'target_features', 'with_pixels', 'split_pixels', 'refine', 'draw_update',
-           'pair_flow']
+           'check_frames', 'source_context', 'target_features', 'with_pixels', 'split_pixels', 'matching_costs',
+           'refine', 'draw_update', 'pair_flow']
 
 # %% ../../nbs/3_flow/02_raft.ipynb #c003
 import math
@@ -403,6 +403,20 @@ def split_pixels(
     change = (source - target).unflatten(1, (3, -1)).abs().mean(1) if net.edges else source
     return context, f2, torch.cat([source, change], 1), change
 
+# %% ../../nbs/3_flow/02_raft.ipynb #3a20c007
+def matching_costs(
+    net:RAFT,                           # The network
+    f1:Tensor,                          # Source features `(B,D,h,w)`
+    f2:Tensor,                          # Target features `(B,D,h,w)`
+)->tuple[Callable, Tensor, Tensor|None]:# Look-up; match `(B,·,h,w)`, 0 without matching; log π
+    "What a RAFT compares: costs around a target, and the match over all places."
+    matching = net.log_temperature is not None
+    if net.attention: f1, f2 = net.attention(f1, f2)
+    most = math.inf if matching else 2**29
+    look, pyramid = cost_lookup(f1, f2, net.levels, net.radius, most)
+    if not matching: return look, f1.new_zeros(len(f1), 2, *f1.shape[-2:]), None
+    return look, *softmax_match(pyramid[0], net.log_temperature.exp(), len(f1))
+
 # %% ../../nbs/3_flow/02_raft.ipynb #c044
 def refine(
     net:RAFT,                       # The network
@@ -417,12 +431,8 @@ def refine(
     "The recurrence: look up, update, correct; draw the result at full size."
     (B, _, h, w), exact = f1.shape, net.fnet.conv2.weight
     context, f2, pixels, change = split_pixels(net, context, f2)
-    if net.attention: f1, f2 = net.attention(f1, f2)
-    matching, here = net.log_temperature is not None, grid(h, w, exact)
-    most = math.inf if matching else 2**29
-    look, pyramid = cost_lookup(f1, f2, net.levels, net.radius, most)
-    match, log_pi = exact.new_zeros(B, 2, h, w), None
-    if matching: match, log_pi = softmax_match(pyramid[0], net.log_temperature.exp(), B)
+    look, match, log_pi = matching_costs(net, f1, f2)
+    here = grid(h, w, exact)
     hidden, inp = context[:, :net.hidden].tanh(), context[:, net.hidden:].relu()
     inp = torch.cat([inp, change], 1)
     if flow is None: flow = exact.new_zeros(B, 2, h, w)
@@ -431,7 +441,7 @@ def refine(
     out = {'flow': [], 'visible': [], 'log_pi': log_pi}
     for i in range(net.updates):
         if detach: flow, logit = flow.detach(), logit.detach()
-        state = [flow, logit, match] if net.visibility else [flow] + [match]*matching
+        state = [flow, logit, match] if net.visibility else [flow] + [match]*(log_pi is not None)
         costs = look(here + flow)
         hidden, step, rise = net.update_block(hidden, inp, costs, torch.cat(state, 1))
         flow, logit = flow + step, logit + rise if net.visibility else logit
