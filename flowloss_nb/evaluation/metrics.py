@@ -102,8 +102,7 @@ def ssim(
     # here: importing it takes seconds
     from torchmetrics.functional.image import structural_similarity_index_measure
     frames, (H, W) = as_shown(y_hat, y), y.shape[-2:]
-    if min(H, W) < 11:
-        raise ValueError(f"ssim compares windows of 11×11 pixels, but frames are {H}×{W}: enlarge them")
+    if min(H, W) < 11: raise ValueError(f"ssim needs frames of at least 11×11 pixels, got {H}×{W}")
     y_hat, y = ((v.flatten(0, 1) + 1)/2 for v in frames)
     each = structural_similarity_index_measure(y_hat, y, data_range=1., reduction='none')
     return each.view(len(frames[0]), -1).mean(1)
@@ -152,7 +151,7 @@ def check_flows(
         raise ValueError(f"visible is {tuple(visible.shape)}, but the flow needs {tuple(one)}")
     for name, v in (('flow_hat', flow_hat), ('flow', flow)):
         if bad := broken_clips(v):
-            raise ValueError(f"{name} holds NaN or infinity in clips {bad}: the estimator failed there")
+            raise ValueError(f"{name} holds NaN or infinity for clips {bad}: the estimator failed")
 
 # %% ../../nbs/6_evaluation/01_metrics.ipynb #c040
 def motion_epe(
