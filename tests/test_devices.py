@@ -49,7 +49,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(raft.RAFT, '__init__', once)
     monkeypatch.setattr(dot.DOT, 'tracks', lambda self, video: torch.ones(*video.shape[:2], 2, 3).to(video))
     monkeypatch.setattr(estimators.TorchvisionRaft.__init__, '__defaults__', (1,))
-    for asked in ('unet_cost', 'decode_cost', 'encode_cost', 'flow_cost', 'told_cost'): monkeypatch.setattr(plan, asked, counted)
+    for asked in ('unet_cost', 'decode_cost', 'encode_cost', 'flow_cost', 'condition_cost'): monkeypatch.setattr(plan, asked, counted)
     def run_once(f):
         loss, *_ = out if isinstance(out := f(), tuple) else (out,)
         if loss.requires_grad: loss.backward()
