@@ -72,7 +72,7 @@ def end(process, expected=0):
 # ---- the script
 
 def die_at(what, n):
-    "Kill the process at the n-th call of a function that writes: half-way, or just after it if n is negative."
+    "Kill the process at the n-th call of a function that writes: half-way, or after it if n is negative."
     from flowloss_nb.data import prepare as p
     owners = dict(replace=(os, 'replace'), clip=(Path, 'write_bytes'), journal=(Path, 'write_text'),
                   manifest=(p, 'write_manifest'), report=(p, 'write_json'))
@@ -196,7 +196,7 @@ if 'tfds' in sys.argv:
 
 @pytest.fixture(scope='module')
 def drawn(tmp_path_factory):
-    "Episodes of 10, 24 and 60 frames at 480×640, drawn in their own process: OpenGL collides with TensorFlow."
+    "Episodes of 10, 24 and 60 frames at 480×640, drawn in a process apart: OpenGL collides with TensorFlow."
     needs_system(all(map(find_library, ('EGL', 'OpenGL'))),
                  'no EGL: apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri libopengl0')
     path = tmp_path_factory.mktemp('films')/'films.npz'
@@ -214,7 +214,7 @@ d = np.load(sys.argv[1])
 write_rlds([Episode(d[f'arr_{i}'], str(p)) for i, p in enumerate(d['prompts'])], sys.argv[2], 3)"""
 
 def test_camera_sized_pictures_in_all_layouts(drawn, films, tmp_path):
-    "Clips of 480×640 from every layout; 10 frames are too few. TFDS is written and read in processes of its own."
+    "Clips of 480×640 from every layout; 10 frames are too few. TFDS is written in a process of its own."
     assert [e.frames.shape for e in films] == [(n, 480, 640, 3) for n in (10, 24, 60)]
     for name, write in dict(raw=write_raw, flat=write_flat, v2=write_lerobot, v3=write_lerobot3).items():
         write(films, tmp_path/name)
@@ -259,7 +259,7 @@ recipe, run = Recipe((64, 64), 10), partial(map_local, workers=1)
 print(json.dumps([prepare(root, root + '_out', recipe, run=run, progress=False) for root in sys.argv[1:]]))"""
 
 def test_octo_episodes(tmp_path):
-    "25 of 25 with all flags off. A missing shard of val is reported; a copy of train's leaves no training clip."
+    "25 of 25 with all flags off. A missing shard of val is reported; a copy of train's leaves none to train on."
     needs_system(find_spec('tensorflow_datasets'), 'TFDS is not installed: pip install "flowloss_nb[rlds]"')
     source = needs_data('octo_tfds')/'bridge_dataset/1.0.0'
     for name in ('alone', 'copied'): shutil.copytree(source, tmp_path/name)
@@ -275,7 +275,8 @@ def test_octo_episodes(tmp_path):
     assert (copied['kept'], copied['candidates']) == (25, 50)
     assert copied['dropped']['also in validation']['count'] == 25
     message = 'has 0 train clips where 1 are needed(.|\\n)*25 dropped: also in validation'
-    with pytest.raises(ValueError, match=message): prepared_splits(tmp_path/'copied_out', train=1, validation=1)
+    with pytest.raises(ValueError, match=message):
+        prepared_splits(tmp_path/'copied_out', train=1, validation=1)
 
 def test_lerobot_teaser(tmp_path):
     "17 of 17 real trajectories; and only reasons if the videos are LFS pointers."
