@@ -259,7 +259,7 @@ recipe, run = Recipe((64, 64), 10), partial(map_local, workers=1)
 print(json.dumps([prepare(root, root + '_out', recipe, run=run, progress=False) for root in sys.argv[1:]]))"""
 
 def test_octo_episodes(tmp_path):
-    "25 of 25 with all flags off. A missing shard of val is reported; a copy of train's leaves none to train on."
+    "25 of 25 with all flags off. A missing shard of val is reported; with a copy of train's none is left."
     needs_system(find_spec('tensorflow_datasets'), 'TFDS is not installed: pip install "flowloss_nb[rlds]"')
     source = needs_data('octo_tfds')/'bridge_dataset/1.0.0'
     for name in ('alone', 'copied'): shutil.copytree(source, tmp_path/name)
