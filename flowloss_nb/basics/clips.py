@@ -152,6 +152,7 @@ def write_video(
         file.mux(stream.encode())
         file.close()
 
+# %% ../../nbs/1_basics/04_clips.ipynb #c0310010
 def check_encodable(
     frames:np.ndarray, # Candidate for uint8 (T,H,W,3)
     fps:float,         # Candidate for a frame rate

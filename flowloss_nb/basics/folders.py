@@ -57,6 +57,7 @@ def lock_run(
         sweep_up(run_dir)
         yield
 
+# %% ../../nbs/1_basics/02_folders.ipynb #5b1c0e50
 def take_lock(
     file:TextIOWrapper, # An open lock file; its text names the process that holds it
     run_dir:Path,       # The folder, for the error
@@ -138,6 +139,7 @@ def changes(
     return [f'{section}.{k}: {shown(old, k)} → {shown(new, k)}' for k in names
             if not same(values(old, k), values(new, k))]
 
+# %% ../../nbs/1_basics/02_folders.ipynb #5b1c0e60
 def keep_params(
     run_dir:Path,  # The run's folder
     section:str,   # Whose parameters these are, e.g. 'train'

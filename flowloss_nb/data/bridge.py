@@ -73,6 +73,7 @@ def entries(
         return [int(s) if i % 2 else s for i, s in parts], entry.name
     with os.scandir(folder) as found: return {e.name: e for e in sorted(found, key=order)}
 
+# %% ../../nbs/2_data/03_bridge.ipynb #7ea4a990
 def belongs(
     path:str|Path, # Of a link
     root:str|Path, # The data set's folder
@@ -84,6 +85,7 @@ def belongs(
     inside = any(Path(real).is_relative_to(p) for p in (top, *caches))
     return os.path.isfile(real) and bool(cached or inside)
 
+# %% ../../nbs/2_data/03_bridge.ipynb #7ea4a9a0
 def kind(
     entry:os.DirEntry|None,   # From `entries(...).get(name)`
     root:str|Path|None=None,  # The data set's folder; None: a link is a link

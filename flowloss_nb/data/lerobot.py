@@ -90,6 +90,7 @@ def task_prompt(
     several = tasks if isinstance(tasks, (list, tuple)) else ()
     return next(filter(None, (task_prompt(t, names) for t in several)), '')
 
+# %% ../../nbs/2_data/04_lerobot.ipynb #597d9140
 def json_lines(
     data:bytes, # Contents of a .jsonl file
 )->list:        # The values of its lines
@@ -97,6 +98,7 @@ def json_lines(
     lines = data.decode('utf-8-sig', 'replace').split('\n')
     return [json.loads(l) for l in lines if l.strip()]
 
+# %% ../../nbs/2_data/04_lerobot.ipynb #597d9150
 def read_tasks(
     root:str|Path, # The data set's folder
 )->dict:           # Number -> text; empty where there is no such file
@@ -151,6 +153,7 @@ def raw_rows(
     v2 = 'episodes.jsonl' in entries(inside(root, 'meta'))
     yield from line_rows(root) if v2 else table_rows(root, key)
 
+# %% ../../nbs/2_data/04_lerobot.ipynb #e55f9870
 def line_rows(
     root:str|Path, # The data set's folder
 )->Iterator[tuple[str,dict|str]]: # As from `raw_rows`
@@ -166,6 +169,7 @@ def line_rows(
             except ValueError: rows = ['damaged table of episodes']
             for row in rows: yield f'{path}:{n}', row
 
+# %% ../../nbs/2_data/04_lerobot.ipynb #e55f9880
 def table_rows(
     root:str|Path, # The data set's folder
     key:str,       # Camera
@@ -233,6 +237,7 @@ def read_stretch(
         raise Unusable('video and rows do not match', where)
     yield from pictures
 
+# %% ../../nbs/2_data/04_lerobot.ipynb #517062c0
 def decode_from(
     path:str,     # An mp4 video
     start:float,  # Seconds; decoding begins here or earlier
@@ -275,6 +280,7 @@ def table_columns(
     if n > length: return {}
     return {c: rows[c].to_pylist() for c in ('timestamp', 'task_index') if c in rows.column_names}
 
+# %% ../../nbs/2_data/04_lerobot.ipynb #4a40e240
 def lerobot_episode(
     root:str|Path, # The data set's folder
     fps:float,     # Frames a second

@@ -203,6 +203,7 @@ def is_bridge2(
     below = any((Path(root)/p/'bridge_data_v2').is_dir() for p in ('', 'raw'))
     return units is raw_units and (below or 'bridge_data_v2' in Path(root).absolute().parts)
 
+# %% ../../nbs/2_data/07_prepare.ipynb #a7082410
 def report_rows(
     report:dict, # From `prepare`
 )->list[dict]:   # What, why, how many, and an example
@@ -212,6 +213,7 @@ def report_rows(
     twins = report.get('repeated', 0)
     return rows + [dict(what='kept', why='twin within its split', count=twins, example='')][:twins]
 
+# %% ../../nbs/2_data/07_prepare.ipynb #a7082420
 def show_report(
     report:dict, # From `prepare`
 )->str:          # A few lines
@@ -291,6 +293,7 @@ class PreparedClips(Dataset):
             raise OSError(f'{path}: {e.args[-1]}; {advice}') from e
         return dict(video=to_float(frames), prompt=self.prompts[i], id=self.ids[i])
 
+# %% ../../nbs/2_data/07_prepare.ipynb #a3b349a0
 def prepared_splits(
     out:str|Path, # Folder made by `prepare`
     **least:int,  # Split -> clips needed of it

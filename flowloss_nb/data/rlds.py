@@ -75,6 +75,7 @@ def write_rlds(
     writer.close_all()
     return folder
 
+# %% ../../nbs/2_data/05_rlds.ipynb #253bfe30
 def rlds_steps(
     e:Episode,  # With pictures of one camera
 )->list[dict]:  # One for each picture
@@ -147,6 +148,7 @@ def rlds_picture(
     if isinstance(picture, np.ndarray) and picture.ndim == 3: return picture
     return read_picture(bytes(picture), id)
 
+# %% ../../nbs/2_data/05_rlds.ipynb #1e78e840
 def shows_nothing(
     pictures:list, # Of one camera, as for `rlds_picture`
 )->bool:           # True for an absent camera
@@ -156,6 +158,7 @@ def shows_nothing(
     try: return all(len(p) == 0 or is_flat(rlds_picture(p)) for p in few)
     except Unusable: return False
 
+# %% ../../nbs/2_data/05_rlds.ipynb #1e78e850
 def rlds_prompt(
     episode:dict, # From TFDS
 )->str:           # Empty when there is none
@@ -165,6 +168,7 @@ def rlds_prompt(
     places = (steps, steps.get('observation', {}), about, episode)
     return task_prompt([task_prompt(place.get(name)) for place in places for name in names])
 
+# %% ../../nbs/2_data/05_rlds.ipynb #1e78e860
 def rlds_episode(
     id:str,       # Its name
     episode:dict, # From TFDS, pictures still encoded
@@ -193,6 +197,7 @@ def has_raw(
     "Is there anything to read for `raw_units`?"
     return any(u.open is raw_group for u in raw_units(root))
 
+# %% ../../nbs/2_data/05_rlds.ipynb #4715f070
 def layout(
     root:str|Path,   # Any folder
 )->Callable|None:    # Yields its units; None for anything else, raw trees included
@@ -206,6 +211,7 @@ def layout(
     marks = ({'lang.txt', 'im_0.jpg'} & {*os.listdir(f)} for f in (root, *folders))
     return flat_units if not next(marks) and any(marks) else None
 
+# %% ../../nbs/2_data/05_rlds.ipynb #4715f080
 def split_units(
     root:str|Path,    # Folder of folders named train, val, test or similar
     camera:int|str=0, # Number or name, as for the layout inside
@@ -243,6 +249,7 @@ def above(
     marks = ('meta/info.json', 'dataset_info.json')
     return next((p for p in root.parents[:5] if any((p/m).is_file() for m in marks)), None)
 
+# %% ../../nbs/2_data/05_rlds.ipynb #a6b41210
 def below(
     root:str|Path, # A folder that isn't a data set
     depth:int=4,   # Levels to search
@@ -253,6 +260,7 @@ def below(
         if layout(folder): yield folder
         elif depth > 1: yield from below(folder, depth - 1)
 
+# %% ../../nbs/2_data/05_rlds.ipynb #a6b41220
 def other_layouts(
     root:str|Path, # A folder with a raw tree
 )->list[str]:      # Paths from there, at most five
@@ -261,6 +269,7 @@ def other_layouts(
     found = (q for p in parts for q in ([p] if layout(p) else below(p, 3)))
     return [os.path.relpath(q, root) for q in itertools.islice(found, 5)]
 
+# %% ../../nbs/2_data/05_rlds.ipynb #a6b41230
 def find_units(
     root:str|Path, # A data set of any layout
 )->Callable:       # `raw_units`, `flat_units`, `lerobot_units`, `rlds_units` or `split_units`

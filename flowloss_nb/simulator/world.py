@@ -199,6 +199,7 @@ def draw_surface(
     m.tex_data[a:a + w*h*c] = np.ascontiguousarray(np.tile(picture, (h // face, 1, 1))).ravel()
     camera.show_texture(t)
 
+# %% ../../nbs/8_simulator/01_world.ipynb #c0280010
 def draw_shade(
     look:Appearance,  # Of the model
     name:str,   # The model's material
