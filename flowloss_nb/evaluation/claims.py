@@ -157,6 +157,7 @@ def claim_flow_loss(
         agree=agreement(result, -1),
         certainty=certainty(result))
 
+# %% ../../nbs/6_evaluation/09_claims.ipynb #52d3da2b
 def claim_denoised(
     by:dict,        # From `with_copy`
     base:str='recon only', # What is compared with
@@ -193,6 +194,7 @@ def split_words(
     return (f"better in {named('better')}; worse in {named('worse')}; "
             f'no difference shown in the other {undecided} of {len(found)}')
 
+# %% ../../nbs/6_evaluation/09_claims.ipynb #d678124b
 def claim_convergence(
     by:dict,        # From `with_copy`
     base:str='recon only', # What is compared with
@@ -231,6 +233,7 @@ def claim_average(
         agree=agreement(flicker, -1, claimed),
         certainty=certainty(flicker))
 
+# %% ../../nbs/6_evaluation/09_claims.ipynb #0fee70cb
 def training_claims(
     by:dict,            # From `with_copy`
     step:int=100,       # Where early training is looked at
@@ -291,6 +294,7 @@ def claim_noise(
         agree=f"noisy clips: {doubles('noisy')}; denoised ones: {doubles('denoised')}",
         certainty=noise['protocol']['data'] + ', shipped denoiser')
 
+# %% ../../nbs/6_evaluation/09_claims.ipynb #9b890f4b
 def claim_places(
     noise:dict,     # Recorded by fig3_noise
 )->Claim:
@@ -329,6 +333,7 @@ def claim_gate(
         agree='; '.join(f'{prior}: {suppresses(v)}' for prior, v in share.items()),
         certainty='shares exact; ' + certainty(ungated))
 
+# %% ../../nbs/6_evaluation/09_claims.ipynb #1c8485bb
 def claim_scale(
     by:dict,        # From `with_copy`
     base:str='recon only', # What is compared with

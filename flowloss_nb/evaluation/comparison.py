@@ -45,6 +45,7 @@ def conditions(
     scale = {'s': f"{record['s']:.3g}"} if 's' in record else {}
     return {'record': record.get('version')} | record['protocol'] | of_sets | scale
 
+# %% ../../nbs/6_evaluation/07_comparison.ipynb #bf74fabb
 def check_alike(
     runs:list[dict],    # Records
     own:tuple=(),       # Conditions that may differ
@@ -99,7 +100,8 @@ def over_seeds(
     if not shared: return out
     x, y = (torch.tensor([v[s] for s in shared], dtype=torch.double) for v in (a, b))
     difference = float((x - y).mean())
-    out |= dict(base=float(y.mean()), difference=difference, level=mean(b.values()) + difference)
+    level = out['mean'] if a.keys() == b.keys() else mean(b.values()) + difference
+    out |= dict(base=float(y.mean()), difference=difference, level=level)
     if len(shared) < 2: return out
     interval = paired_interval(x, y)
     return out | dict(low=interval['low'], high=interval['high'])
@@ -221,6 +223,7 @@ def level_rows(
     return [{'strategy': name, 'seeds': '–' if name == COPY else len(by[name])}
             | {k: r.get('level') for k, r in row.items()} for name, row in results.items()]
 
+# %% ../../nbs/6_evaluation/07_comparison.ipynb #058802bb
 def strategy_rows(
     by:dict,                    # From `arms` or `with_copy`
     base:str='recon only',      # What is compared with

@@ -87,6 +87,7 @@ def lags(
     paired = [name for name, arm in trained(by).items() if name != base and set(arm) & beside]
     return {name: lag(by, name, base) for name in paired}
 
+# %% ../../nbs/6_evaluation/08_courses.ipynb #a57d259b
 def lag_words(
     name:str,       # Of the strategy
     behind:dict,    # From `lag`
@@ -125,6 +126,7 @@ def first_part(
     "The validations in the first part of training."
     return [s for s in steps if s <= steps[-1]*part] or steps[:1]
 
+# %% ../../nbs/6_evaluation/08_courses.ipynb #07d6e3fb
 def course_rows(
     by:dict,            # From `arms` or `with_copy`
     name:str,           # A strategy with two seeds or more
@@ -185,6 +187,7 @@ def labels(
     "Measures in words."
     return ', '.join(MEASURES[k].label for k in keys)
 
+# %% ../../nbs/6_evaluation/08_courses.ipynb #01b6b4fb
 def end_rows(
     by:dict,            # From `with_copy`
     base:str='recon only', # What is compared with
@@ -199,6 +202,7 @@ def end_rows(
             rows.append({'strategy': name, 'step': step} | results)
     return rows
 
+# %% ../../nbs/6_evaluation/08_courses.ipynb #52ce43bb
 def curve_sentences(
     by:dict,            # From `with_copy`
     base:str='recon only', # What is compared with

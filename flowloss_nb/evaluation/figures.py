@@ -103,6 +103,7 @@ def relative(
     half = (result['high'] - result['low'])/2 if 'low' in result else math.nan
     return better*result['difference']/abs(result['base']), half/abs(result['base'])
 
+# %% ../../nbs/6_evaluation/10_figures.ipynb #f1646d8b
 def draw_relative(
     ax:plt.Axes,            # Where
     by:dict,                # From `arms` or `with_copy`
@@ -125,6 +126,7 @@ def draw_relative(
            xlabel='relative difference; right: better')
     return ax
 
+# %% ../../nbs/6_evaluation/10_figures.ipynb #c7973a8b
 def draw_still(
     ax:plt.Axes,        # From `draw_relative`; its limits stay
     shares:list[float], # Of copying frame 0
@@ -175,6 +177,7 @@ def shared_seed(
     seeds = ', '.join(f'{name}: {sorted(by[name])}' for name in names)
     raise ValueError(f'no seed is shared by {seeds}: draw strategies that have one in common')
 
+# %% ../../nbs/6_evaluation/10_figures.ipynb #f909df1b
 def kept_near(
     by:dict,            # From `arms`
     names:list[str],    # Which of them
@@ -205,6 +208,7 @@ def draw_strips(
         ax.text(-.01, .5, name, ha='right', va='center', transform=ax.transAxes, fontsize=8)
     return fig
 
+# %% ../../nbs/6_evaluation/10_figures.ipynb #94f3415b
 def draw_samples(
     by:dict,            # From `arms`
     names:list[str],    # Which of them

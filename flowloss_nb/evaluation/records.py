@@ -246,6 +246,7 @@ def uncommitted(
     versions = read_json(path, list) if path.exists() else []
     return any((v.get('git') or {}).get('dirty') for v in versions)
 
+# %% ../../nbs/6_evaluation/06_records.ipynb #c285e77b
 def check_record(
     record:dict,    # From a metrics.json
     path:Path,      # For the error
@@ -260,6 +261,7 @@ def check_record(
         'runs in another folder, or move its metrics.json away and run its notebook again, which '
         'continues from the last checkpoint and measures again.')
 
+# %% ../../nbs/6_evaluation/06_records.ipynb #e0a7484b
 def set_values(
     distances:dict[str, dict],  # Name → value, …
 )->dict[str, float]:            # 'set/NAME' → value
@@ -344,6 +346,7 @@ def keep_clip_files(
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, copy)
 
+# %% ../../nbs/6_evaluation/06_records.ipynb #b88a37ab
 def record_sweep(
     folder:Path,            # Of the sweep
     to:Path,                # Under `nbs/results`
