@@ -13,7 +13,7 @@ from typing import NamedTuple
 from .records import measured_ratio, MEASURES
 from .comparison import (
     at_steps, difference_words, fooled, on_test, over_seeds, over_steps,
-    reservations, shared_measures, trained, verdict, with_interval)
+    reservations, shared_measures, verdict, with_interval, without_copy)
 from .courses import (
     arrows, first_part, labels, last_levels, motion_key, shows, still_falling)
 
@@ -264,7 +264,7 @@ def claim_cost(
     full_size = {r['flow supervision']: r['average step / recon-only'] for r in plan['ladder']}
     everything, cheap = step['flow, all 13'], step['flow, K = 2']
     literal, two = full_size['literal: all frames, F on ŷ and y'], full_size['K = 2, window 0']
-    gflop = {name: next(iter(arm.values())).get('gflop') for name, arm in trained(by).items()}
+    gflop = {name: next(iter(arm.values())).get('gflop') for name, arm in without_copy(by).items()}
     here = ''
     if gflop.get('w_ψ') and gflop.get(base):
         here = f", {gflop['w_ψ']/gflop[base]:.2f} in these runs"

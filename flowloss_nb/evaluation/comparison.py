@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'COPY', 'OWN', 'arm_name', 'conditions', 'check_alike', 'arms', 'finite', 'over_seeds', 'verdict',
-           'difference_words', 'over_clips', 'on_test', 'at_step', 'over_steps', 'at_steps', 'with_copy', 'trained',
-           'shared_measures', 'compare_all', 'level_rows', 'strategy_rows', 'headed', 'floor_row', 'missing_distances',
-           'rows_at', 'with_interval', 'clip_rows', 'fooled', 'seeds_in_words', 'reservations', 'protocol_words']
+           'difference_words', 'over_clips', 'on_test', 'at_step', 'over_steps', 'at_steps', 'with_copy',
+           'without_copy', 'shared_measures', 'compare_all', 'level_rows', 'strategy_rows', 'headed', 'floor_row',
+           'missing_distances', 'rows_at', 'with_interval', 'clip_rows', 'fooled', 'seeds_in_words', 'reservations',
+           'protocol_words']
 
 # %% ../../nbs/6_evaluation/07_comparison.ipynb #f382f3ce
 import math
@@ -184,7 +185,7 @@ def with_copy(
     beside = by.get(base, next(iter(by.values())))
     return by | {COPY: {s: still_record(r) for s, r in beside.items()}}
 
-def trained(
+def without_copy(
     by:dict,    # From `arms` or `with_copy`
 )->dict:        # Without copying frame 0
     "What was trained."
@@ -197,7 +198,7 @@ def shared_measures(
     denoised:bool|None=None,    # Only those of denoised clips, or all but those; None: all
 )->dict[str, Quantity]:         # In the order of `MEASURES`
     "The measures that every trained run has as a number."
-    runs = [r for arm in trained(by).values() for r in arm.values()]
+    runs = [r for arm in without_copy(by).values() for r in arm.values()]
     lines = [line for r in runs for line in (r['curve'] if curve else [r['test']])]
     wanted = {k: m for k, m in MEASURES.items() if denoised in (None, m.of == 'denoise')}
     everywhere = lambda k: all(is_number(line.get(k)) for line in lines)
@@ -285,7 +286,7 @@ def with_interval(
 )->list[str]:               # Names, copying frame 0 not among them
     "Strategies that share two seeds or more with the base."
     beside = by.get(base, {})
-    others = {name: arm for name, arm in trained(by).items() if name != base}
+    others = {name: arm for name, arm in without_copy(by).items() if name != base}
     return [name for name, arm in others.items() if len(set(arm) & set(beside)) > 1]
 
 def clip_rows(
@@ -293,7 +294,7 @@ def clip_rows(
     base:str='recon only',  # What is compared with
 )->list[dict]:              # Differences with intervals over clips
     "The other strategies, where a seed is shared."
-    others = [name for name in trained(by) if name not in (base, *with_interval(by, base))]
+    others = [name for name in without_copy(by) if name not in (base, *with_interval(by, base))]
     single = [(name, s) for name in others for s in sorted(set(by[name]) & set(by.get(base, {})))]
     known = lambda k: all(k in by[n][s]['per_clip'] for name, s in single for n in (name, base))
     keys = [k for k in shared_measures(by) if known(k)]
@@ -305,7 +306,7 @@ def fooled(
     by:dict,    # From `with_copy`
 )->list[str]:   # Keys
     "Measures on the test split by which copying frame 0 beats every trained run."
-    runs = [r['test'] for arm in trained(by).values() for r in arm.values()]
+    runs = [r['test'] for arm in without_copy(by).values() for r in arm.values()]
     still = next(iter(by[COPY].values()))['test']
     ahead = lambda k, m: all(m.better*(still[k] - test[k]) > 0 for test in runs)
     return [k for k, m in shared_measures(by).items() if is_number(still.get(k)) and ahead(k, m)]
@@ -323,7 +324,7 @@ def reservations(
     by:dict,        # From `arms` or `with_copy`
 )->list[str]:       # Sentences
     "What limits the trust in these records."
-    runs = [(name, s, r) for name, arm in trained(by).items() for s, r in sorted(arm.items())]
+    runs = [(name, s, r) for name, arm in without_copy(by).items() for s, r in sorted(arm.items())]
     earlier = sorted({EARLIER[r['version']] for *_, r in runs if r.get('version') in EARLIER})
     loose = [(name, s) for name, s, r in runs if r.get('uncommitted')]
     words = f'made in part from a tree with uncommitted changes: seeds {seeds_in_words(loose)}'
@@ -335,7 +336,7 @@ def protocol_words(
     split:str='test',   # Whose distances: 'test' or 'validation'
 )->str:                 # Markdown
     "How the numbers were made: the first run's protocol, and where other strategies differ."
-    firsts = {name: next(iter(arm.values())) for name, arm in trained(by).items()}
+    firsts = {name: next(iter(arm.values())) for name, arm in without_copy(by).items()}
     first = next(iter(firsts.values()))
     common = conditions(first)
     lines = [first['protocol'] | {k: common[k] for k in ('s',) if k in common},

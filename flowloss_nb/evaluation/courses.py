@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 from statistics import mean
 from .records import MEASURES
 from flowloss_nb.evaluation.comparison import (
-    at_step, at_steps, difference_words, fooled, over_seeds, over_steps, shared_measures, trained,
-    verdict)
+    at_step, at_steps, difference_words, fooled, over_seeds, over_steps, shared_measures, verdict,
+    without_copy)
 
 # %% ../../nbs/6_evaluation/08_courses.ipynb #c093955c
 def shows(
@@ -84,7 +84,7 @@ def lags(
 )->dict[str, dict]:     # Name → `lag`
     "The lag of every strategy that shares a seed with the base."
     beside = set(by.get(base, {}))
-    paired = [name for name, arm in trained(by).items() if name != base and set(arm) & beside]
+    paired = [name for name, arm in without_copy(by).items() if name != base and set(arm) & beside]
     return {name: lag(by, name, base) for name in paired}
 
 # %% ../../nbs/6_evaluation/08_courses.ipynb #a57d259b

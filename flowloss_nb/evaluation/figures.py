@@ -121,7 +121,6 @@ def draw_relative(
     rows = [-j - .2 for j in range(len(measures))]
     if COPY in by: draw_still(ax, list(shares(COPY))[0], rows)
     ax.axvline(0, color='k', lw=.7)
-    ax.legend(fontsize=8)
     ax.set(yticks=rows, yticklabels=[m.label for m in measures.values()],
            xlabel='relative difference; right: better')
     return ax
