@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from ..basics.files import atomic_path, file_name, read_tensors
 from ..basics.clips import (
     contact_sheet, full_precision, take, to_float, to_uint8, write_video)
-from ..diffusion.edm import expand
+from ..diffusion.edm import per_clip, split_output
 from ..training.step import stream
 from .metrics import clip_measures, copy_first, summarise
 
@@ -34,12 +34,12 @@ def fixed_noise(
 
 # %% ../../nbs/6_evaluation/04_validation.ipynb #11498641
 def first_noise(
-    denoiser:nn.Module, # Its `noise_aug`, if it has one
+    denoiser:nn.Module, # Its `noise_aug` counts
     batch:dict,         # True clips
     seed:int=0,         # Seed of the noise
 )->Tensor:              # Like frames 0 `(B,3,H,W)`; zeros for most models
     "The noise that this denoiser wants to see on frame 0."
-    first, aug = batch['video'][:, 0], getattr(denoiser, 'noise_aug', 0.)
+    first, aug = batch['video'][:, 0], denoiser.noise_aug
     return aug*fixed_noise(first, batch['id'], seed, 'first') if aug else torch.zeros_like(first)
 
 # %% ../../nbs/6_evaluation/04_validation.ipynb #c009
@@ -54,9 +54,10 @@ def denoise_clips(
     "Put noise of level σ on clips, and denoise them in one evaluation."
     z, first = codec.encode(batch['video']), batch['video'][:, 0]
     level = torch.full((len(z),), float(sigma)).to(full_precision(z))
-    x = (z + expand(level, z)*fixed_noise(z, batch['id'], seed)).to(z)
+    x = (z + per_clip(level, z)*fixed_noise(z, batch['id'], seed)).to(z)
     shown = first + first_noise(denoiser, batch, seed)
-    z_hat = denoiser(x, level, denoiser.condition(batch['prompt'], first, codec.encode_first(shown)))
+    cond = denoiser.condition(batch['prompt'], first, codec.encode_first(shown))
+    z_hat, _ = split_output(denoiser(x, level, cond))
     return dict(sigma=level, z=z, x=x, z_hat=z_hat, y_hat=codec.decode(z_hat, first))
 
 # %% ../../nbs/6_evaluation/04_validation.ipynb #c011
