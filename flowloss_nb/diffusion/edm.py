@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EDM_PRIOR', 'THIS_AND_THAT', 'SVD_I2V', 'sample_sigma', 'share_below', 'check_sigma', 'noisy_var', 'loss_weight',
-           'c_skip', 'c_out', 'c_in', 'c_noise', 'expand', 'denoise', 'sigma_schedule', 'check_schedule', 'slope',
-           'churn', 'sample', 'guide', 'hold_first']
+           'c_skip', 'c_out', 'c_in', 'c_noise', 'per_clip', 'split_output', 'denoise', 'sigma_schedule',
+           'check_schedule', 'slope', 'churn', 'sample', 'guide', 'hold_first']
 
 # %% ../../nbs/4_diffusion/01_edm.ipynb #c003
 import math
@@ -29,8 +29,8 @@ def sample_sigma(
     device:str|None=None,          # Where the result goes
 )->Tensor:                         # σ, `(n,)`, float32
     "Draw noise levels from the log-normal prior of Eq. (1)."
-    if n < 1: raise ValueError(f"sample_sigma: n is {n}, but at least one noise level must be drawn")
-    if P_std < 0: raise ValueError(f"sample_sigma: P_std is {P_std}; a standard deviation is not negative")
+    if n < 1: raise ValueError(f"sample_sigma: n is {n}; draw at least one noise level")
+    if P_std < 0: raise ValueError(f"sample_sigma: P_std is {P_std}; it must not be negative")
     where = generator.device if generator else device
     normal = torch.randn(n, generator=generator, dtype=torch.float32, device=where)
     return (P_mean + P_std*normal).exp().to(device)
@@ -42,22 +42,23 @@ def share_below(
     P_std:float=1.4,   # Standard deviation of ln σ, > 0
 )->float:              # Probability in [0, 1]
     "Share of training steps whose σ lies below ψ, in closed form."
-    if not psi >= 0: raise ValueError(f"share_below: psi is {psi}; noise levels, and so thresholds, are not negative")
+    if not psi >= 0: raise ValueError(f"share_below: psi is {psi}; it must not be negative")
     if not P_std > 0: raise ValueError(f"share_below: P_std is {P_std}; it must be positive")
     return NormalDist(P_mean, P_std).cdf(math.log(psi)) if psi > 0 else 0.
 
 # %% ../../nbs/4_diffusion/01_edm.ipynb #c020
 def check_sigma(
     sigma:Tensor|float, # Noise level σ, any shape
-    zero:bool=False,    # Is σ = 0 fine here? Not where σ is divided by or its logarithm taken
+    zero:bool=False,    # Allow σ = 0? Not where σ is a divisor or its logarithm is taken
 )->Tensor:              # `sigma`, as a tensor of float32 at least
-    "Refuse a σ that is negative, not finite, or zero where zero makes no sense."
+    "Check that σ is finite and not negative, and not zero unless that is allowed."
     sigma = torch.as_tensor(sigma)
     sigma = full_precision(sigma) if sigma.is_floating_point() else sigma.float()
-    good = sigma.isfinite() & ((sigma >= 0) if zero else (sigma > 0))
-    if not good.all():
-        bad = sigma[~good].flatten()[0].item()
-        raise ValueError(f"sigma must be finite and {'not negative' if zero else 'positive'}, but holds {bad:g}: "
+    valid = sigma.isfinite() & ((sigma >= 0) if zero else (sigma > 0))
+    if not valid.all():
+        wrong = sigma[~valid].flatten()[0].item()
+        rule = 'not negative' if zero else 'positive'
+        raise ValueError(f"sigma must be finite and {rule}, but holds {wrong:g}: "
                          "check where the noise level was drawn or scheduled")
     return sigma
 
@@ -67,7 +68,8 @@ def noisy_var(
     sigma_data:float=1., # Standard deviation of the clean data, > 0
 )->Tensor:               # σ² + σ_data², shaped like `sigma`
     "Variance of a noisy clip."
-    if not sigma_data > 0: raise ValueError(f"sigma_data is {sigma_data}; the data's standard deviation must be positive")
+    if not sigma_data > 0:
+        raise ValueError(f"sigma_data is {sigma_data}; a standard deviation must be positive")
     return check_sigma(sigma, zero=True)**2 + sigma_data**2
 
 # %% ../../nbs/4_diffusion/01_edm.ipynb #c026
@@ -106,32 +108,42 @@ def c_in(
 def c_noise(
     sigma:Tensor|float, # Noise level σ > 0, any shape
 )->Tensor:              # ln(σ)/4, shaped like `sigma`
-    "What the network is told about σ."
+    "The network's input for σ."
     return check_sigma(sigma).log() / 4
 
 # %% ../../nbs/4_diffusion/01_edm.ipynb #c046
-def expand(
+def per_clip(
     sigma:Tensor|float, # One value per clip, `(B,)` or `(B, 1, ..., 1)`, or one for all
     x:Tensor,           # `(B, ...)`
-)->Tensor:              # `(B, 1, ..., 1)`, device of `x`, dtype too or float32
+)->Tensor:              # `(B, 1, ..., 1)`, on the device of `x`, in its dtype or float32
     "Shape per-clip values so that they broadcast against `x`."
     sigma = torch.as_tensor(sigma, dtype=None if torch.is_tensor(sigma) else torch.float64)
     if sigma.numel() != 1 and not sigma.numel() == len(x) == len(sigma):
-        raise ValueError(f"expand: sigma has shape {tuple(sigma.shape)}, but x holds {len(x)} clips: give one value per clip")
+        raise ValueError(f"per_clip: sigma has shape {tuple(sigma.shape)}, "
+                         f"but x holds {len(x)} clips: give one value per clip")
     each = sigma.flatten().expand(len(x)).reshape(-1, *[1]*(x.ndim - 1))
     return each.to(x.device, torch.promote_types(x.dtype, torch.float32))
 
+# %% ../../nbs/4_diffusion/01_edm.ipynb #7d1e0a01
+def split_output(
+    output:Tensor|tuple[Tensor, dict], # What a network or denoiser returned
+)->tuple[Tensor, dict]:                # Its main output, and a dict of further ones, maybe empty
+    "Separate the main output from named further outputs."
+    return output if isinstance(output, tuple) else (output, {})
+
 # %% ../../nbs/4_diffusion/01_edm.ipynb #c049
 def denoise(
-    F_x:Callable,        # Raw network: `(scaled x (B,...), c_noise (B,))` → like `x`
+    network:Callable,    # Raw: (scaled x, like `x`; c_noise `(B,)`) → F_x or `(F_x, further)`
     x:Tensor,            # Noisy clip y + σn, `(B, ...)`
-    sigma:Tensor|float,  # Noise level σ > 0, one per clip (as `expand`) or one for all
+    sigma:Tensor|float,  # Noise level σ > 0, one per clip (as `per_clip`) or one for all
     sigma_data:float=1., # Standard deviation of the clean data
-)->Tensor:               # D_x, the estimate of y, like `x`
-    "EDM's preconditioned denoiser D(x; σ), put together in float32 at least."
-    sigma = check_sigma(expand(sigma, x))
-    F = F_x((c_in(sigma, sigma_data)*x).to(x.dtype), c_noise(sigma.flatten()))
-    return (c_skip(sigma, sigma_data)*x + c_out(sigma, sigma_data)*F).to(x.dtype)
+)->Tensor|tuple:         # D_x, the estimate of y, like `x`; or `(D_x, further)`
+    "EDM's preconditioned denoiser D(x; σ), combined in float32 at least."
+    sigma = check_sigma(per_clip(sigma, x))
+    output = network((c_in(sigma, sigma_data)*x).to(x.dtype), c_noise(sigma.flatten()))
+    F_x, further = split_output(output)
+    D_x = (c_skip(sigma, sigma_data)*x + c_out(sigma, sigma_data)*F_x).to(x.dtype)
+    return (D_x, further) if further else D_x
 
 # %% ../../nbs/4_diffusion/01_edm.ipynb #c053
 def sigma_schedule(
@@ -141,9 +153,10 @@ def sigma_schedule(
     rho:float=7.,          # 1: even steps; larger: shorter ones near `sigma_min`
 )->Tensor:                 # `(steps+1,)`, float64, strictly falling, ends in 0
     "EDM's noise levels for sampling."
-    if steps < 1: raise ValueError(f"sigma_schedule: steps is {steps}, but sampling takes at least one")
+    if steps < 1: raise ValueError(f"sigma_schedule: steps is {steps}; it must be at least 1")
     if not 0 < sigma_min < sigma_max < math.inf:
-        raise ValueError(f"sigma_schedule: need 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
+        raise ValueError("sigma_schedule: need 0 < sigma_min < sigma_max, "
+                         f"got {sigma_min} and {sigma_max}")
     if not rho > 0: raise ValueError(f"sigma_schedule: rho is {rho}; it must be positive")
     lo, hi = sigma_min**(1/rho), sigma_max**(1/rho)
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
@@ -153,31 +166,34 @@ def sigma_schedule(
 def check_schedule(
     sigmas:Tensor|list, # Noise levels, falling, `(N+1,)`
 )->list[float]:         # The same as Python floats
-    "Refuse a schedule that is too short, holds a bad σ, or doesn't fall at every step."
+    "Check that a schedule has at least two valid levels and falls at every step."
     sigmas = check_sigma(torch.as_tensor(sigmas, dtype=torch.float64), zero=True)
     if sigmas.ndim != 1 or len(sigmas) < 2:
-        raise ValueError(f"a schedule is a list of at least two noise levels, got shape {tuple(sigmas.shape)}")
+        raise ValueError("a schedule is a list of at least two noise levels, "
+                         f"got shape {tuple(sigmas.shape)}")
     rises = (sigmas.diff() >= 0).nonzero().flatten()
     if len(rises):
         i = rises[0].item()
-        raise ValueError(f"a schedule must fall at every step, but level {i+1} ({sigmas[i+1]:g}) isn't below level {i} ({sigmas[i]:g})")
+        raise ValueError(f"a schedule must fall at every step, but level {i+1} ({sigmas[i+1]:g}) "
+                         f"isn't below level {i} ({sigmas[i]:g})")
     return sigmas.tolist()
 
 # %% ../../nbs/4_diffusion/01_edm.ipynb #c060
 def slope(
     D:Callable,         # Denoiser: `(x (B,...), sigma (B,))` → like `x`
     x:Tensor,           # Noisy clip, `(B, ...)`
-    sigma:Tensor|float, # Its noise level, > 0, one for all or one per clip (as `expand`)
+    sigma:Tensor|float, # Its noise level, > 0, one for all or one per clip (as `per_clip`)
 )->Tensor:              # dx/dσ, like `x`
     "Direction of the sampling path at `x`."
-    sigma = check_sigma(expand(sigma, x))
-    return (x - D(x, sigma.flatten())) / sigma
+    sigma = check_sigma(per_clip(sigma, x))
+    D_x, _ = split_output(D(x, sigma.flatten()))
+    return (x - D_x) / sigma
 
 # %% ../../nbs/4_diffusion/01_edm.ipynb #c064
 def churn(
     x:Tensor,                      # Noisy clip, `(B, ...)`
-    sigma:Tensor|float,            # Its noise level, one for all or one per clip (as `expand`)
-    gamma:float,                   # Relative step up γ ≥ 0; 0: noise is drawn, and none added
+    sigma:Tensor|float,            # Its noise level, one for all or one per clip (as `per_clip`)
+    gamma:float,                   # Relative step up γ ≥ 0; 0: noise is drawn but not added
     S_noise:float=1.,              # Scale of the fresh noise, about 1
     generator:Generator|None=None, # Source of randomness
 )->tuple[Tensor, Tensor|float]:    # x̂, like `x`, and its noise level σ̂, like `sigma`
@@ -185,7 +201,7 @@ def churn(
     if not gamma >= 0: raise ValueError(f"churn: gamma is {gamma}; the noise level can only rise")
     where = generator.device if generator else x.device
     eps = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=where).to(x.device)
-    rise = check_sigma(expand(sigma, x))*math.sqrt(gamma*(2 + gamma))       # √(σ̂² - σ²)
+    rise = check_sigma(per_clip(sigma, x))*math.sqrt(gamma*(2 + gamma))       # √(σ̂² - σ²)
     return (x + rise*S_noise*eps).to(x), sigma*(1 + gamma)
 
 # %% ../../nbs/4_diffusion/01_edm.ipynb #c068
@@ -202,21 +218,21 @@ def sample(
     generator:Generator|None=None,  # Source of the fresh noise
     progress:Callable|None=None,    # Wraps the list of steps, such as `tqdm`
 )->Tensor:                          # Sample, like `x`
-    "Walk from noise to data: Euler or Heun with churn, EDM's Algorithm 2."
+    "Go from noise to data: Euler or Heun with churn, EDM's Algorithm 2."
     if order not in (1, 2): raise ValueError(f"sample: order is {order}; 1 is Euler, 2 is Heun")
-    if not S_churn >= 0: raise ValueError(f"sample: S_churn is {S_churn}; fresh noise can't be negative")
-    if not x.is_floating_point(): raise TypeError(f"sample: x is {x.dtype}, but noise is floating point")
+    if not S_churn >= 0: raise ValueError(f"sample: S_churn is {S_churn}; it must not be negative")
+    if not x.is_floating_point(): raise TypeError(f"sample: x is {x.dtype}, not floating point")
     levels = check_schedule(sigmas)
     steps, churned = list(zip(levels, levels[1:])), S_churn > 0 or generator is not None
     own, x = x.dtype, full_precision(x)
-    told = lambda x, sigma: D(x.to(own), sigma)
+    D_own = lambda x, sigma: D(x.to(own), sigma)
     for sigma, sigma_next in (progress or iter)(steps):
         gamma = min(S_churn/len(steps), 2**0.5 - 1) if S_min <= sigma <= S_max else 0.
         x_hat, sigma_hat = churn(x, sigma, gamma, S_noise, generator) if churned else (x, sigma)
-        d = slope(told, x_hat, sigma_hat)
+        d = slope(D_own, x_hat, sigma_hat)
         x = x_hat + (sigma_next - sigma_hat)*d
         if order == 2 and sigma_next > 0:
-            x = x_hat + (sigma_next - sigma_hat)*(d + slope(told, x, sigma_next))/2
+            x = x_hat + (sigma_next - sigma_hat)*(d + slope(D_own, x, sigma_next))/2
     return x.to(own)
 
 # %% ../../nbs/4_diffusion/01_edm.ipynb #c085
@@ -224,23 +240,25 @@ def guide(
     D_cond:Callable,    # Denoiser with prompt and first frame: `(x, sigma)` → like `x`
     D_null:Callable,    # Denoiser without
     scale:float|Tensor, # Guidance g; a tensor broadcasts against `x`, `(1,T,1,1,1)`: one per frame
-)->Callable:            # Denoiser `(x, sigma)` → like `x`
+)->Callable:            # Denoiser `(x, sigma)` → like `x`, without further outputs
     "Classifier-free guidance, as a denoiser made of two."
     if not torch.is_tensor(scale) and scale == 1: return D_cond
     def D(x, sigma):
-        null, g = D_null(x, sigma), scale.to(full_precision(x)) if torch.is_tensor(scale) else scale
-        return (null + g*(D_cond(x, sigma) - null)).to(null)
+        (null, _), (cond, _) = split_output(D_null(x, sigma)), split_output(D_cond(x, sigma))
+        g = scale.to(full_precision(x)) if torch.is_tensor(scale) else scale
+        return (null + g*(cond - null)).to(null)
     return D
 
 # %% ../../nbs/4_diffusion/01_edm.ipynb #c089
 def hold_first(
     D:Callable,   # Denoiser: `(x (B,T,...), sigma)` → like `x`
     first:Tensor, # Known clean latent of frame 0, `(B, ...)` without the time axis
-)->Callable:      # Denoiser whose frame 0 is always `first`
-    "Replace frame 0 of every answer by the known one."
+)->Callable:      # Denoiser whose frame 0 is always `first`, without further outputs
+    "Replace frame 0 of the denoiser's output by the known one."
     def held(x, sigma):
-        y_hat = D(x, sigma)
-        if y_hat[:, 0].shape != first.shape:
-            raise ValueError(f"hold_first: first has shape {tuple(first.shape)}, but a frame of the clip {tuple(y_hat[:, 0].shape)}")
-        return torch.cat([first[:, None].to(y_hat), y_hat[:, 1:]], dim=1)
+        D_x, _ = split_output(D(x, sigma))
+        if D_x[:, 0].shape != first.shape:
+            raise ValueError(f"hold_first: first has shape {tuple(first.shape)}, "
+                             f"but a frame of the clip {tuple(D_x[:, 0].shape)}")
+        return torch.cat([first[:, None].to(D_x), D_x[:, 1:]], dim=1)
     return held

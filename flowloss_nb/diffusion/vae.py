@@ -27,17 +27,19 @@ class Residual(nn.Module):
 
 # %% ../../nbs/4_diffusion/03_vae.ipynb #c008
 class SmallVAE(nn.Module):
-    "A convolutional variational autoencoder of frames, factor 4, used as codec through residual latents."
+    "A convolutional variational autoencoder of frames, factor 4; a codec of residual latents."
     def __init__(self,
         channels:int=16,    # Latent channels C
         width:int=32,       # Channels at half size; twice that at a quarter
     ):
         super().__init__()
         half, quarter = width, 2*width
-        self.encoder = nn.Sequential(nn.Conv2d(3, half, 5, 2, 2), Residual(half), nn.Conv2d(half, quarter, 3, 2, 1),
-            Residual(quarter), nn.Conv2d(quarter, 2*channels, 1))
         up = lambda a, b: [nn.Upsample(scale_factor=2), nn.Conv2d(a, b, 3, padding=1)]
-        self.decoder = nn.Sequential(nn.Conv2d(channels, quarter, 1), Residual(quarter), *up(quarter, half), Residual(half),
+        self.encoder = nn.Sequential(
+            nn.Conv2d(3, half, 5, 2, 2), Residual(half),
+            nn.Conv2d(half, quarter, 3, 2, 1), Residual(quarter), nn.Conv2d(quarter, 2*channels, 1))
+        self.decoder = nn.Sequential(
+            nn.Conv2d(channels, quarter, 1), Residual(quarter), *up(quarter, half), Residual(half),
             *up(half, half), nn.SiLU(), nn.Conv2d(half, 3, 3, padding=1))
         self.register_buffer('scale', torch.ones(()))
         self.register_buffer('scale0', torch.ones(()))
@@ -55,7 +57,8 @@ class SmallVAE(nn.Module):
 
     def decode(self, z, first, frames=None):
         z = pick_frames(z, frames)
-        return self.decoder((z*self.scale + self.mean(first)[:, None]).flatten(0, 1)).unflatten(0, z.shape[:2])
+        frames = self.decoder((z*self.scale + self.mean(first)[:, None]).flatten(0, 1))
+        return frames.unflatten(0, z.shape[:2])
 
 # %% ../../nbs/4_diffusion/03_vae.ipynb #c012
 def vae_loss(
@@ -78,10 +81,11 @@ def set_scales(
     vae:SmallVAE,   # Trained; its scales are set in place
     video:Tensor,   # Training clips `(N,T,3,H,W)`
 )->SmallVAE:        # In evaluation mode, frozen
-    "Give latents, and what is shown of frame 0, unit standard deviation."
+    "Give latents, and the encoding of frame 0, unit standard deviation."
     vae.eval().requires_grad_(False)
     z0 = vae.mean(video[:, 0])
-    vae.mean0.copy_(z0.mean((0, 2, 3))[:, None, None]); vae.scale0.copy_((z0 - vae.mean0).std())
+    vae.mean0.copy_(z0.mean((0, 2, 3))[:, None, None])
+    vae.scale0.copy_((z0 - vae.mean0).std())
     vae.scale.mul_(vae.encode(video)[:, 1:].std())
     return vae
 
@@ -91,7 +95,8 @@ def load_vae(
 )->SmallVAE:        # Frozen
     "Read a small VAE."
     path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f'{path}: no such codec; train one with experiments/train/train_codec')
+    if not path.exists():
+        raise FileNotFoundError(f'{path}: no such codec; experiments/train/train_codec trains one')
     with safe_open(path, 'pt') as f: kind = (f.metadata() or {}).get('kind')
     if kind != 'SmallVAE': raise ValueError(f'{path} holds a {kind}, not a SmallVAE')
     state = read_tensors(path)

@@ -15,7 +15,7 @@ from hashlib import blake2b
 import torch
 from torch import Generator, Tensor, nn
 from ..basics.clips import full_precision
-from ..diffusion.edm import expand, sample_sigma
+from ..diffusion.edm import per_clip, sample_sigma
 from ..basics.values import fit
 
 # %% ../../nbs/5_training/02_step.ipynb #c006
@@ -204,7 +204,7 @@ def step_losses(
     sigma = draw_sigma(p, step, where).to(full_precision(z))
     noise = draw_noise(p, step, where, z.shape[1:]).to(full_precision(z))
     cond = core.condition(batch['prompt'], video[:, 0], first, draw_drop(p, step, where).to(z.device))
-    z_hat = denoiser((z + expand(sigma, z)*noise).to(z), sigma, cond)
+    z_hat = denoiser((z + per_clip(sigma, z)*noise).to(z), sigma, cond)
     return objective(z_hat, z, batch, sigma, objective_stream(p, step, where, z.shape[1])), sigma
 
 # %% ../../nbs/5_training/02_step.ipynb #c044
