@@ -237,7 +237,7 @@ def load_clips(
     read = {k: read_checked(folder/v['name'], v['sha256']) for k, v in s['files'].items()}
     frames = decode_frames(read['video'], presets[preset]['frames'])
     geometries, visible = unpack_truth(read['truth'])
-    def truth(i): return exact_flow(geometries[i]), visible[i]
+    def truth(i): return dict(flow=exact_flow(geometries[i]), visible=visible[i])
     return ClipSet(frames, s['prompts'], s['ids'], truth)
 
 # %% ../../nbs/2_data/01_metaworld.ipynb #c051
@@ -273,5 +273,5 @@ def load_folder(
     if not paths: raise FileNotFoundError(f'no clips {pattern} in {folder}: make some with simulator.make_clips')
     frames, prompts, geometries, visible = zip(*map(read_clip, paths))
     if len(shapes := {f.shape for f in frames}) > 1: raise ValueError(f'clips in {folder} differ in shape: {sorted(shapes)}')
-    def truth(i): return exact_flow(geometries[i]), visible[i]
+    def truth(i): return dict(flow=exact_flow(geometries[i]), visible=visible[i])
     return ClipSet(np.stack(frames), list(prompts), [p.stem for p in paths], truth)

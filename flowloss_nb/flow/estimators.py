@@ -241,12 +241,12 @@ def true_flow(
     estimator:nn.Module,    # F
     video:Tensor,           # True clips `(B,T,3,H,W)`
     anchored:bool=False,    # Their tracks as well, for F(ŷ) to start from
-)->dict[str, Tensor]:       # 'flow' in half precision, 'visible' bool, and 'tracks' if asked for
+)->dict[str, Tensor]:       # 'flow_y' in half precision, 'visible_y' bool, 'tracks' if anchored
     "F(y) as it is kept."
     if anchored and not hasattr(estimator, 'tracks'): raise ValueError(f'{type(estimator).__name__} starts from no tracks: anchored is for DOT')
     tracks = {'tracks': estimator.tracks(video)} if anchored else {}
     flow, visible = estimator(video, None, *tracks.values())
-    return dict(flow=flow.half(), visible=visible > .5) | tracks
+    return dict(flow_y=flow.half(), visible_y=visible > .5) | tracks
 
 # %% ../../nbs/3_flow/07_estimators.ipynb #new3242
 TORCHVISION = {name: Official(file, "no licence stated for the weights; torchvision's code is BSD-3-Clause", file[-12:-4], 'https://download.pytorch.org/models/')

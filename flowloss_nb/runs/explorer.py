@@ -21,7 +21,8 @@ from ..basics.clips import take, to_uint8
 from ..diffusion.edm import loss_weight
 from ..flow.estimators import dis_chained, exact_flow
 from ..flow.fields import color_wheel, flow_to_rgb
-from ..training.losses import added, flow_error, flow_strength, motion_weighted_objective, recon_loss, warp_error
+from ..training.losses import (
+    added, Denoised, flow_error, flow_strength, motion_weighted_objective, recon_loss, warp_error)
 from ..evaluation.metrics import motion_epe
 from .stage import OBJECTIVES, Stage, choose_objective
 from ..evaluation.validation import denoise_clips
@@ -72,7 +73,7 @@ def all_errors(
 )->dict[str, float]:        # Name → error
     "What the objectives weigh, before any gate."
     z_hat, z, sigma, visible = drawn['z_hat'], drawn['z'], drawn['sigma'], seen[1] > .5
-    terms = dict(recon=recon_loss(z_hat, z, sigma), motion=motion_weighted_objective(z_hat, z, batch, sigma, None)['loss'],
+    terms = dict(recon=recon_loss(z_hat, z, sigma), motion=motion_weighted_objective(Denoised(z_hat, z, sigma, batch)).loss,
                  flow=flow_error(flow_hat, seen[0], visible), warp=warp_error(drawn['y_hat'], seen[0], visible))
     return {name: float(value) for name, value in terms.items()}
 
