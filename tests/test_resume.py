@@ -13,6 +13,7 @@ from flowloss_nb.basics import files
 from flowloss_nb.basics.clips import ClipSet
 from flowloss_nb.basics.folders import lock_run
 from flowloss_nb.diffusion.edm import denoise
+from flowloss_nb.training.losses import Losses
 from flowloss_nb.training.step import TrainParams
 from flowloss_nb.training.trainer import train
 from flowloss_nb.runs.runs import make_room, new_run
@@ -27,6 +28,7 @@ class Codec(nn.Module):
 
 class Denoiser(nn.Module):
     "One convolution, a dropout layer (randomness inside the model), and a block of weights that makes files large."
+    noise_aug = 0.
     def __init__(self, seed, dropout=0.1):
         super().__init__()
         torch.manual_seed(seed)
@@ -37,12 +39,12 @@ class Denoiser(nn.Module):
         F_x = lambda u, c: self.net(self.drop(u + cond['frame']).transpose(1, 2)).transpose(1, 2) + 1e-3*self.rest(u.new_ones(64)).mean()
         return denoise(F_x, x, sigma)
 
-def objective(z_hat, z, batch, sigma, generator, luck=True):
-    pick = torch.randint(z.shape[1], (2,), generator=generator) if luck else [1, 3]
-    recon, gate = (z_hat - z).pow(2).mean(), (sigma < 2).float()
-    flow = (gate[:, None] * (z_hat - z)[:, pick].flatten(2).pow(2).mean(2)).mean()
-    parts = {'loss': recon, 'recon': recon, 'recon_term': recon, 'open': gate.mean(), 'flow': flow.detach()}
-    return parts | ({'loss': recon + flow, 'flow_term': flow} if gate.any() else {})
+def objective(d, luck=True):
+    pick = torch.randint(d.z.shape[1], (2,), generator=d.generator) if luck else [1, 3]
+    error, gate = d.z_hat - d.z, (d.sigma < 2).float()
+    recon, flow = error.pow(2).mean(), (gate[:, None] * error[:, pick].flatten(2).pow(2).mean(2)).mean()
+    losses = Losses(recon, recon, log={'open': gate.mean(), 'flow': flow.detach()})
+    return losses.add_flow(flow) if gate.any() else losses
 
 def clips():
     frames = torch.randint(256, (10, 4, 8, 8, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)

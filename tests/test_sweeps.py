@@ -9,16 +9,17 @@ from flowloss_nb.training import checkpoints
 from flowloss_nb.runs.sweeps import sweep
 
 ROOT = Path(__file__).parents[1]
-BOOK = "from dataclasses import dataclass\nfrom pathlib import Path\nimport time, torch\nfrom torch import nn\nfrom flowloss_nb.basics.clips import ClipSet\nfrom flowloss_nb.diffusion.edm import denoise\nfrom flowloss_nb.training.checkpoints import write_json\nfrom flowloss_nb.training.step import TrainParams\nfrom flowloss_nb.training.trainer import train"
+BOOK = "from dataclasses import dataclass\nfrom pathlib import Path\nimport time, torch\nfrom torch import nn\nfrom flowloss_nb.basics.clips import ClipSet\nfrom flowloss_nb.diffusion.edm import denoise\nfrom flowloss_nb.training.checkpoints import write_json\nfrom flowloss_nb.training.losses import Losses\nfrom flowloss_nb.training.step import TrainParams\nfrom flowloss_nb.training.trainer import train"
 MODEL = '''class Codec(nn.Module):
     def encode(self, video): return video
     def encode_first(self, first): return first
 class Denoiser(nn.Module):
+    noise_aug = 0.
     def __init__(self):
         super().__init__(); torch.manual_seed(seed); self.net = nn.Conv3d(3, 3, 3, padding=1)
     def condition(self, prompt, first, first_latent, drop=None): return {}
     def forward(self, x, sigma, cond): return denoise(lambda u, c: self.net(u.transpose(1, 2)).transpose(1, 2), x, sigma)
-def objective(z_hat, z, batch, sigma, generator): time.sleep(.05); return {'loss': (z_hat - z).square().mean()}
+def objective(d): time.sleep(.05); return Losses((d.z_hat - d.z).square().mean())
 clips = ClipSet(torch.randint(256, (8, 4, 8, 8, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8), ['go']*8)
 state = train(TrainParams(steps=steps, batch_size=2, checkpoint_every=5, validate_every=0, ratio_every=0, cpu=True, tensorboard=False, progress=False), Path(run_dir), Denoiser(), Codec(), objective, clips)
 write_json(Path(run_dir)/'metrics.json', {'norm': float(state.ema.net.weight.norm()), 'step': state.step})'''

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'choose_estimator', 'Stage', 'with_flow', 'embedded_stage', 'stage_denoiser', 'shipped_weights',
-           'choose_objective', 'warmed', 'calibrate']
+           'Settings', 'flow_loss', 'warp_loss', 'Named', 'choose_objective', 'warmed', 'calibrate', 'judge_clips',
+           'interleave']
 
 # %% ../../nbs/7_runs/03_stage.ipynb #c003
 import copy
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 import torch
 from torch import nn
 from torch.utils.data import Dataset
@@ -24,13 +26,15 @@ from ..flow.estimators import (
 from ..diffusion.codecs import fit_linear
 from ..diffusion.conditioning import build_vocabulary, WordEncoder
 from ..diffusion.denoiser import Denoiser, small_denoiser
-from ..diffusion.known import estimated_truth
+from ..diffusion.known import estimated_truth, exact_target
 from ..training.losses import (
-    averaged, flow_objective, hard_gate, large_gate, motion_weighted_objective, paper_scale,
+    added, averaged, flow_objective, hard_gate, large_gate, motion_weighted_objective, paper_scale,
     recon_objective, soft_gate, warp_objective)
 from ..training.step import gradient_norms, step_losses, stream, TrainParams
 from ..training.scale import run_device
 from ..training.trainer import begin, Job, load_weights, make_accelerator, train_step
+from ..evaluation.metrics import clip_measures, copy_first
+from ..evaluation.validation import denoise_clips, keep_clips, sample_clips
 
 # %% ../../nbs/7_runs/03_stage.ipynb #2cf14272
 def choose_estimator(
@@ -48,7 +52,7 @@ def choose_estimator(
 @dataclass(frozen=True)
 class Stage:
     "The parts of an embedded experiment that all objectives share."
-    train:Dataset       # Clips to train on; their flow is F(y)
+    train:Dataset       # Clips to train on, with F(y)
     validation:Dataset  # With exact flow
     test:Dataset        # With exact flow
     codec:nn.Module     # Fitted on `train`
@@ -60,13 +64,20 @@ class Stage:
 
 # %% ../../nbs/7_runs/03_stage.ipynb #c007
 def with_flow(
-    clips:ClipSet,          # A set with exact flow, or none
+    clips:ClipSet,          # A set with exact flow
+    kind:str|None,          # 'estimated': F(y); 'exact': the exact flow in its place; None: none
     estimator:nn.Module,    # F
     cache:Path,             # Folder for F(y)
     anchored:bool=False,    # Keep the tracks of y, too, for F(ŷ) to start from
-)->ClipSet:                 # The same clips; flow and visibility are F's
-    "Replace the truth of a set by what F sees in it."
-    return ClipSet(clips.frames, clips.prompts, clips.ids, estimated_truth(estimator, clips, cache, anchored))
+)->ClipSet:                 # The same clips with `flow_y` and `visible_y`, or with nothing known
+    "What a training set knows of its clips: the target of the flow loss, and nothing else."
+    truths = {
+        'estimated': lambda: estimated_truth(estimator, clips, cache, anchored),
+        'exact': lambda: lambda i: exact_target(clips.known_truth(i)),
+        None: lambda: None}
+    if kind not in truths:
+        raise ValueError(f"flow must be 'estimated', 'exact' or None, got {kind!r}")
+    return ClipSet(clips.frames, clips.prompts, clips.ids, truths[kind]())
 
 # %% ../../nbs/7_runs/03_stage.ipynb #c008
 def embedded_stage(
@@ -74,7 +85,7 @@ def embedded_stage(
     preset:str='fixed',     # 'fixed': four tasks, one camera; 'varied': fifty tasks
     channels:int=16,        # Latent channels of the PCA codec
     clips:int|None=None,    # Train on so many clips only; None: all
-    flow:str|None='estimated', # Training clips carry F(y); 'exact': the true flow; None: none, for objectives that need none
+    flow:str|None='estimated', # What `flow_y` of training clips is, see `with_flow`
     estimator:nn.Module|None=None, # F; None: the small one that ships
     anchored:bool=False,    # F is DOT, and finds F(ŷ) from the tracks of y
     device:torch.device|None=None, # Where its modules shall be; None: this process's GPU if there is one
@@ -84,9 +95,8 @@ def embedded_stage(
     estimator = (estimator or small_estimator()).to(device)
     chosen = train if clips is None else train.select(spread(len(train), clips))
     codec = fit_linear(take(train, spread(len(train), 100))['video'], channels=channels)
-    if flow not in ('estimated', 'exact', None): raise ValueError(f"flow must be 'estimated', 'exact' or None, got {flow!r}")
-    seen = chosen if flow == 'exact' else (with_flow(chosen, estimator, cache, anchored) if flow else ClipSet(chosen.frames, chosen.prompts, chosen.ids))
-    return Stage(seen, load_clips('validation', preset), load_clips('test', preset),
+    training = with_flow(chosen, flow, estimator, cache, anchored)
+    return Stage(training, load_clips('validation', preset), load_clips('test', preset),
                  codec, estimator, small_estimator('judge'), device)
 
 # %% ../../nbs/7_runs/03_stage.ipynb #c009
@@ -112,13 +122,49 @@ def shipped_weights()->Path:
     if not path.exists(): raise FileNotFoundError(f'{path}: the shipped checkpoint is missing; reinstall the package, or use warm_start=None')
     return path
 
+# %% ../../nbs/7_runs/03_stage.ipynb #a7e30001
+class Settings(NamedTuple):
+    "The plain values of a gated objective."
+    s:float         # Scale of the flow term; 1: the paper's, carried over to our size
+    gate:Callable   # w_ψ(σ)
+    K:int|None      # Target frames a clip; None: all
+    floor:float     # σ floor of the flow's weight
+
+# %% ../../nbs/7_runs/03_stage.ipynb #a7e30003
+def flow_loss(
+    stage:Stage,            # Codec and F; the size of its clips
+    how:Settings,           # s, K and floor
+    gate:Callable|None=None, # w(σ); None: the hard gate at ψ
+    keep:Callable=added,    # `added`: Eq. (3), `averaged`: Eq. (5)
+)->Callable:                # `Denoised` → `Losses`
+    "FlowLoss with a stage's codec and F."
+    T, _, *size = stage.test[0]['video'].shape
+    if sees_whole(stage.estimator): refuse_some(stage.estimator, how.K, T, stage.train[0])
+    return partial(flow_objective, codec=stage.codec, estimator=stage.estimator,
+                   gate=gate or how.gate, keep=keep, K=how.K, floor=how.floor,
+                   s=how.s*paper_scale(size))
+
+def warp_loss(
+    stage:Stage,            # Codec
+    how:Settings,           # s, gate and floor
+)->Callable:                # `Denoised` → `Losses`
+    "The warping loss with a stage's codec."
+    return partial(warp_objective, codec=stage.codec, gate=how.gate, s=how.s, floor=how.floor)
+
 # %% ../../nbs/7_runs/03_stage.ipynb #c017
+class Named(NamedTuple):
+    "An entry of `OBJECTIVES`."
+    sentence:str    # What it is
+    build:Callable  # stage, settings → objective
+
 OBJECTIVES = {
-    'recon': 'Eq. (1), reconstruction alone',
-    'flow': 'Eq. (3) with the hard gate of Eq. (4)',
-    'ungated': 'Eq. (3) with w(σ) = 1/(σ²+1)',
-    'average_ss': 'Eq. (5) with w_ss', 'average_ls': 'Eq. (5) with w_ls',
-    'motion': 'Eq. (6), latent motion weighting', 'warp': 'Eq. (7), warping loss'}
+    'recon': Named('Eq. (1), reconstruction alone', lambda *_: recon_objective),
+    'flow': Named('Eq. (3) with the hard gate of Eq. (4)', flow_loss),
+    'ungated': Named('Eq. (3) with w(σ) = 1/(σ²+1)', partial(flow_loss, gate=soft_gate)),
+    'average_ss': Named('Eq. (5) with w_ss', partial(flow_loss, gate=soft_gate, keep=averaged)),
+    'average_ls': Named('Eq. (5) with w_ls', partial(flow_loss, gate=large_gate, keep=averaged)),
+    'motion': Named('Eq. (6), latent motion weighting', lambda *_: motion_weighted_objective),
+    'warp': Named('Eq. (7), warping loss', warp_loss)}
 
 # %% ../../nbs/7_runs/03_stage.ipynb #c018
 def choose_objective(
@@ -128,20 +174,13 @@ def choose_objective(
     psi:float=1.,           # Gate ψ of 'flow' and 'warp'
     K:int|None=2,           # Target frames a clip; None: all
     floor:float=0.,         # σ floor of the flow's weight
-)->Callable:                # ẑ, z, batch, σ, generator → named losses
+)->Callable:                # `Denoised` → `Losses`
     "An objective of Eqs. (1)–(7) by its name."
-    if name not in OBJECTIVES: raise ValueError(f'unknown objective {name!r}; known: {", ".join(OBJECTIVES)}')
+    if name not in OBJECTIVES:
+        raise ValueError(f'unknown objective {name!r}; known: {", ".join(OBJECTIVES)}')
     gate = partial(hard_gate, psi=psi)
-    gate(torch.ones(1))
-    if name == 'recon': return recon_objective
-    if name == 'motion': return motion_weighted_objective
-    if name == 'warp': return partial(warp_objective, codec=stage.codec, gate=gate, s=s, floor=floor)
-    gates = dict(flow=gate, ungated=soft_gate, average_ss=soft_gate, average_ls=large_gate)
-    T = len(stage.test[0]['video'])
-    if sees_whole(stage.estimator): refuse_some(stage.estimator, K, T, stage.train[0])
-    mix = dict(keep=averaged) if name.startswith('average') else {}
-    return partial(flow_objective, codec=stage.codec, estimator=stage.estimator, gate=gates[name], K=K, floor=floor,
-                   s=s*paper_scale(stage.test[0]['video'].shape[-2:]), **mix)
+    gate(torch.ones(1))     # refuses a ψ that makes no sense, whichever the objective
+    return OBJECTIVES[name].build(stage, Settings(s, gate, K, floor))
 
 # %% ../../nbs/7_runs/03_stage.ipynb #39a1bf73
 def warmed(
@@ -170,18 +209,68 @@ def calibrate(
     name:str='flow',    # One of `OBJECTIVES` with a flow term
     after:int=200,      # Steps of reconstruction alone before the ratio is measured
     **objective,        # Further arguments of `choose_objective`
-)->dict[str, float]:    # 's', the median 'ratio' found at s = 1, and 'after'
+)->dict[str, float]:    # 's', the median 'ratio' at s = 1, and 'after'
     "The s at which the flow gradient is `ratio` times the reconstruction gradient."
-    if not ratio > 0: raise ValueError(f'ratio must be > 0, got {ratio}; for none use the objective recon')
-    if after < 0 or draws < 1: raise ValueError(f'calibrate needs draws ≥ 1 and after ≥ 0, got {draws} and {after}')
-    one, found, step = choose_objective(name, stage, s=1., **objective), [], 0
+    if not ratio > 0:
+        raise ValueError(f'ratio must be > 0, got {ratio}; for none use the objective recon')
+    if after < 0 or draws < 1:
+        raise ValueError(f'calibrate needs draws ≥ 1 and after ≥ 0, got {draws} and {after}')
+    chosen, ratios, step = choose_objective(name, stage, s=1., **objective), [], 0
     net, places = warmed(denoiser, stage, params, after), range(params.batch_size)
     weights = list(net.parameters())
-    while len(found) < draws and step < 20*draws:
+    while len(ratios) < draws and step < 20*draws:
         step += 1
-        order = torch.randint(len(stage.train), (len(places),), generator=stream(params.seed, step, 'calibrate'))
+        generator = stream(params.seed, step, 'calibrate')
+        order = torch.randint(len(stage.train), (len(places),), generator=generator)
         batch = take(stage.train, order.tolist(), stage.device)
-        losses, _ = step_losses(net, stage.codec, one, batch, params, step, places)
-        if 'flow_term' in losses: found.append(gradient_norms(losses, weights)['ratio'])
-    if not found: raise ValueError(f'{name} had no flow term in {step} batches: is its gate ever open? Raise psi, or set s itself')
-    return {'s': ratio / median(found), 'ratio': median(found), 'after': after}
+        losses, _ = step_losses(net, stage.codec, chosen, batch, params, step, places)
+        if losses.flow is not None: ratios.append(gradient_norms(losses, weights)['ratio'])
+    if not ratios: raise ValueError(f'{name} had no flow term in {step} batches: '
+                                    'is its gate ever open? Raise psi, or set s itself')
+    return {'s': ratio / median(ratios), 'ratio': median(ratios), 'after': after}
+
+# %% ../../nbs/7_runs/03_stage.ipynb #c025
+@torch.no_grad()
+def judge_clips(
+    denoiser:Denoiser,                      # Averaged weights
+    stage:Stage,                            # Codec, F, judge
+    clips:Dataset,                          # With exact flow, e.g. `stage.test`
+    indices:list[int],                      # Which clips
+    sigmas:tuple=(.2, .5, 1., 2.),          # Noise levels, in latent units
+    steps:int=10,                           # Heun steps of a sample
+    seed:int=0,                             # Of the noise
+    size:int=8,                             # Clips at a time
+    reference:bool=True,                    # Also copying frame 0 and the true clip, the same for every denoiser
+    keep:Path|None=None,                    # File for the samples, byte for byte
+)->dict[str, list[float]]:                  # 'what/measure' → a value per clip; nan where a clip has no answer
+    "Every measure of every clip: copying frame 0, the floor, denoised, sampled."
+    out, kept, device = {}, [], next(denoiser.parameters()).device
+    for i in range(0, len(indices), size):
+        b = take(clips, indices[i:i + size], device)
+        drawn = {'copy': copy_first(b), 'floor': b['video']} if reference else {}
+        drawn |= {'sample': sample_clips(denoiser, stage.codec, b, steps, seed)} | {f'denoise/{s:g}': denoise_clips(denoiser, stage.codec, b, s, seed)['y_hat'] for s in sigmas}
+        known = stage.estimator(b['video'])
+        for name, y_hat in drawn.items():
+            for k, v in clip_measures(y_hat, b, stage.estimator, stage.judge, known).items():
+                out.setdefault(f'{name}/{k}', []).extend(v.double().tolist())
+        kept.append(drawn['sample'])
+    if keep: keep_clips(keep, kept)
+    return out
+
+# %% ../../nbs/7_runs/03_stage.ipynb #c029
+def interleave(
+    stage:Stage,                # Clips and codec
+    objectives:dict,            # Name → objective
+    params:TrainParams,         # Of every arm
+    steps:int,                  # Steps of each arm
+    **sizes,                    # Of `stage_denoiser`
+)->dict[str, list[dict]]:       # Name → log lines, with 'seconds' and the number of 'open_clips' (σ < 1: the default gate)
+    "Train several objectives side by side, a step of each in turn."
+    accelerator, lines = make_accelerator(params), {name: [] for name in objectives}
+    arms = {name: (begin(params, Path('/nonexistent'), stage_denoiser(stage, **sizes), accelerator),
+                   Job(params, accelerator, stage.codec, objective, stage.train)) for name, objective in objectives.items()}
+    for _ in range(steps):
+        for name, (state, job) in arms.items():
+            line = train_step(state, job)
+            lines[name].append(line | {'open_clips': sum(s < 1 for s in line['sigma'])})
+    return lines

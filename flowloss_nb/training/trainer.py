@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from ..basics.files import read_tensors
 from ..basics.folders import keep_params, latest_checkpoint, lock_run
-from ..basics.clips import batch_indices, check_batch, take
+from ..basics.clips import batch_indices, check_batch, KNOWN, take
 from .step import (
     check_params, ema_decay, FREE, gradient_norms, learning_rate, merge_scalars, places,
     scalars, step_losses, stream, TrainParams, update_ema, widen)
@@ -159,7 +159,7 @@ class Job:
     params:TrainParams       # The run's plain values
     accelerator:Accelerator  # Device, precision, other processes
     codec:nn.Module          # Frozen: pixels ↔ latents
-    objective:Callable       # ẑ, z, batch, σ, generator → named losses
+    objective:Callable       # `Denoised` → `Losses`
     clips:Dataset            # Clips to train on
     augment:Callable|None=None # batch, generators (one per clip) → batch
     losses:Callable=step_losses # What one piece of a step is; another kind of model brings its own
@@ -175,7 +175,7 @@ def without_stale(
 )->dict:            # `after`, less what was known of the clips as they were
     "Drop what augmentation left as it was though it changed the clips: F(y), its tracks, latents."
     if after['video'] is before['video'] or torch.equal(after['video'], before['video']): return after
-    return {k: v for k, v in after.items() if k not in ('flow', 'visible', 'tracks', 'latent') or v is not before.get(k)}
+    return {k: v for k, v in after.items() if k not in KNOWN or v is not before.get(k)}
 
 # %% ../../nbs/5_training/05_trainer.ipynb #c028
 def load_batch(
@@ -204,9 +204,9 @@ def backward_piece(
         batch = load_batch(job, step, where)
         losses, sigma = job.losses(state.denoiser, job.codec, job.objective, batch, p, step, where)
         start, curious = time.perf_counter(), p.ratio_every and step % p.ratio_every == 0 and not p.fsdp
-        if curious and 'flow_term' in losses: norms = gradient_norms(losses, list(state.trained().values()))
+        if curious and losses.flow is not None: norms = gradient_norms(losses, list(state.trained().values()))
         aside = time.perf_counter() - start
-        accelerator.backward(losses['loss'] / pieces)
+        accelerator.backward(losses.loss / pieces)
     return {'scalars': scalars(losses), 'sigma': sigma.tolist(), 'norms': norms, 'aside': aside}
 
 # %% ../../nbs/5_training/05_trainer.ipynb #c034
@@ -367,7 +367,7 @@ def train(
     run_dir:Path,         # Its folder; if a part of the run is there, it goes on from the newest checkpoint
     denoiser:nn.Module,   # Trained in place
     codec:nn.Module|None, # Frozen: pixels ↔ latents
-    objective:Callable,   # ẑ, z, batch, σ, generator → named losses; a partial's modules are brought to the device
+    objective:Callable,   # `Denoised` → `Losses`; a partial's modules are brought to the device
     clips:Dataset,        # Clips to train on
     validate:Callable|None=None, # averaged denoiser, step → dict of numbers for the log
     init:dict|Path|None=None, # Weights to start from: state dict or safetensors file
