@@ -95,7 +95,7 @@ def as_spelt(
     return ast.get_source_segment(text, node)
 
 # %% ../../nbs/1_basics/03_values.ipynb #2e127f14
-class Unfit(ValueError): "A value that does not fit, for a reason that the user is told."
+class Unfit(ValueError): "A value that does not fit, for a reason worth stating."
 UNFIT = (ValueError, ArithmeticError, RecursionError)   # What reading may raise
 
 def number_like(

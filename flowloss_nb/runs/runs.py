@@ -52,7 +52,7 @@ def git(
     folder:Path, # Somewhere in a repository
     *args:str,   # Command
 )->bytes:        # Its output; b'' if it fails
-    "Ask git."
+    "Output of a git command."
     return subprocess.run(['git', '-C', str(folder), *args], capture_output=True).stdout
 
 # %% ../../nbs/7_runs/01_runs.ipynb #8e1f0a02
@@ -97,7 +97,7 @@ def versions()->dict: # Plain values
 def finish_clearing(
     run_dir:Path, # A run's folder
 ):
-    "Finish what an interrupted overwriting has begun: taking the lock does it."
+    "Finish what an interrupted overwriting has started: taking the lock does it."
     if [*Path(run_dir).glob('.going'), *Path(run_dir).glob('.gone-*')]:
         with lock_run(run_dir): pass
 

@@ -46,7 +46,7 @@ class Stage:
     test:Dataset        # With exact flow, where it is known
     codec:nn.Module     # Frozen: pixels ↔ latents
     estimator:nn.Module # F, in the loss
-    judge:nn.Module|None # F′, never in a loss; None: nobody knows the true motion
+    judge:nn.Module|None # F′, never in a loss; None: the true motion is unknown
     device:torch.device = field(default_factory=run_device) # Where the three are
     def __post_init__(self):
         for net in (self.codec, self.estimator, self.judge): net is None or net.to(self.device)

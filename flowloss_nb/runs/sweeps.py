@@ -138,7 +138,7 @@ def run_when_free(
 def end_with(
     parent:int,     # Process number
 )->None:
-    "End this process as a SIGTERM would once its parent is gone; a killed sweep leaves none."
+    "End this process as a SIGTERM would once its parent has ended; a killed sweep leaves none."
     def watch():
         while os.getppid() == parent: time.sleep(1)
         os.kill(os.getpid(), signal.SIGTERM)
