@@ -8,7 +8,8 @@ from notebooks import experiments
 from flowloss_nb.training.step import draw_sigma, TrainParams
 from flowloss_nb.runs.runs import (
     find_notebook, fit_params, read_params, run_notebook, tagged_cell, typed_parameters)
-from flowloss_nb.runs.sweeps import expand, main, sweep
+from flowloss_nb.runs.sweeps import expand, sweep
+from flowloss_nb.runs.__main__ import main
 
 ROOT = Path(__file__).parents[1]
 
