@@ -83,7 +83,7 @@ def test_the_environment_changes_nothing(forks):
     root, codes, said = forks
     assert (codes['plain'], codes['said'], codes['refused']) == ([0], [0], [1]), said[-3000:]
     assert story(root/'said') == story(root/'plain') and len(story(root/'plain')) == 4
-    assert 'ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4 is not heeded' in said and 'the environment sets ACCELERATE_USE_FSDP=true' in said
+    assert 'ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4 is ignored' in said and 'the environment sets ACCELERATE_USE_FSDP=true' in said
 
 def test_a_long_validation_is_waited_for(forks):
     "One process validates for four seconds; the other waits for it, or gives up after `patience` minutes, here a second."
