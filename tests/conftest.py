@@ -2,16 +2,19 @@
 import os, shutil
 import pytest
 
-PATIENCE = 3600     # Seconds after which what should have ended counts as hung; no limit is about speed, which a loaded machine lacks
+# Seconds after which a process counts as hung; no limit is about speed, which a loaded machine lacks
+PATIENCE = 3600
 
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-CHROMIUM_FLAGS = '--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update'.split()
+CHROMIUM_FLAGS = ['--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking',
+                  '--disable-component-update']
 
 def needs_system(
     present: bool,  # Is it there?
     reason: str,    # What is missing, and how to get it
 ):
-    "Go on if it is there; else skip on a user's machine, and fail in CI, which has all of it (.ci/run)."
+    "Without it a test is skipped on a user's machine, and fails in CI, which installs everything (.ci/run)."
     if present: return
-    if os.environ.get('CI', '').lower() in ('1', 'true'): pytest.fail(f'{reason} (CI must have it)', pytrace=False)
+    in_ci = os.environ.get('CI', '').lower() in ('1', 'true')
+    if in_ci: pytest.fail(f'{reason} (CI must have it)', pytrace=False)
     pytest.skip(reason)
