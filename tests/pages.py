@@ -16,7 +16,8 @@ import yaml
 
 KINDS = dict(fig='Figure', tbl='Table', eq='Equation', sec='Section')
 LABEL = r'(?:fig|tbl|eq|sec)-[\w-]+'
-SHOWN = {'image/png', 'text/markdown', 'text/plain'}
+PICTURES = {'image/png': 'png', 'image/jpeg': 'jpg'}
+SHOWN = {*PICTURES, 'text/markdown', 'text/plain'}
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 API = 'api.ipynb'  # the page that only the site has
 
@@ -65,18 +66,19 @@ def _readme_code(cell: dict, root: Path) -> list[str]:
     parts = [] if keys.get('echo') is False else [f'```python\n{code.strip()}\n```']
     for out in cell['outputs']:
         data = {kind: text(out['data'][kind]) for kind in SHOWN & out.get('data', {}).keys()}
-        if 'image/png' in data: parts.append(_readme_picture(keys, base64.b64decode(data['image/png']), root))
+        if kind := next((k for k in PICTURES if k in data), None):
+            parts.append(_readme_picture(keys, base64.b64decode(data[kind]), PICTURES[kind], root))
         elif 'text/markdown' in data: parts.append(_from_root(data['text/markdown']))
         elif 'text/plain' in data: parts.append(f"```\n{data['text/plain']}\n```")
         elif out['output_type'] == 'stream': parts.append(f"```\n{text(out['text']).rstrip()}\n```")
     return parts
 
-def _readme_picture(keys: dict, png: bytes, root: Path) -> str:
+def _readme_picture(keys: dict, picture: bytes, suffix: str, root: Path) -> str:
     "Write a picture to a file; Markdown that shows it, above its caption."
     if 'label' not in keys: sys.exit('index.ipynb: a picture needs `#| label: fig-...` and `#| fig-cap: ...`')
-    file = Path(f"nbs/images/{keys['label']}.png")
+    file = Path(f"nbs/images/{keys['label']}.{suffix}")
     (root/file).parent.mkdir(exist_ok=True)
-    if not (root/file).exists() or (root/file).read_bytes() != png: (root/file).write_bytes(png)
+    if not (root/file).exists() or (root/file).read_bytes() != picture: (root/file).write_bytes(picture)
     caption = keys.get('fig-cap', '')
     shown = re.sub(r'[$*\[\]]', '', keys.get('fig-alt', caption))
     return f'![{shown}]({file})\n\n*{caption}*'
@@ -188,7 +190,8 @@ def api_line(node, source: str, page: str, bold: bool) -> str:
     "A function's or class's name and signature, what it returns, and its first sentence."
     name, words = node.name, (ast.get_docstring(node) or '').split('\n')[0]
     link = f'[`{name}`]({page}#{name.lower()})'
-    returns = re.search(r'^\)->[^#\n]*# *(.+)$', ast.get_source_segment(source, node), re.M)  # as docments has it
+    code = ast.get_source_segment(source, node)
+    returns = re.search(r'^\)->[^#\n]*# *(.+)$', code, re.M)     # as docments has it
     arrow = f' → {returns[1]}' if returns else ''
     return f'- {f"**{link}**" if bold else link}`({signature(node)})`{arrow}  \n  {words}'
 

@@ -11,7 +11,7 @@ def test_readme_is_current(tmp_path):
     "README.md and its pictures are what `make export` makes of index.ipynb."
     folder = copy_project(tmp_path)
     assert readme(folder) == (ROOT/'README.md').read_text(), 'run make export'
-    for picture in (folder/'nbs/images').glob('*.png'):
+    for picture in (folder/'nbs/images').glob('fig-*'):
         same = picture.read_bytes() == (ROOT/'nbs/images'/picture.name).read_bytes()
         assert same, f'{picture.name}: run make export'
 
