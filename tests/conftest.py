@@ -1,9 +1,17 @@
 "What several tests share."
-import os, shutil
+import atexit, os, shutil, tempfile
 import pytest
 
 # Seconds after which a process counts as hung; no limit is about speed, which a loaded machine lacks
 PATIENCE = 3600
+
+def share_bytecode():
+    "Where Python must not write bytecode beside its sources, the processes of the tests share a folder of it: else each of them compiles 5,000 files of torch and diffusers again."
+    if not os.environ.pop('PYTHONDONTWRITEBYTECODE', ''): return
+    folder = os.environ['PYTHONPYCACHEPREFIX'] = tempfile.mkdtemp(prefix='bytecode-')
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+share_bytecode()
 
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 CHROMIUM_FLAGS = ['--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking',

@@ -11,7 +11,7 @@ from pretend import GPU, pretended_gpu, there
 
 SMALL = {   # as little as shows every line
     'train': dict(steps=1, objective='flow', clips=2, validate_every=1, sample_steps=1, test_clips=1),
-    'compare': dict(steps=2, batch_size=1, clips=1, draws=1, validate_every=2, sample_steps=1, test_clips=1, psi=100.),
+    'compare': dict(steps=1, batch_size=1, clips=1, draws=1, calibrate_after=1, validate_every=1, sample_steps=1, test_clips=1, psi=100.),
     'strategy': dict(steps=1, batch_size=1, clips=1, validate_at=[1], validate_clips=1, test_clips=1, sample_steps=1, psi=100., distances=True),
     'train_bridge': dict(steps=1, sample_steps=1, psi=100.),
     'train_codec': dict(steps=1, batch_size=1, clips=2, test_clips=1),
@@ -32,7 +32,7 @@ def test_every_experiment_is_here():
 @pytest.fixture
 def quick(monkeypatch):
     "Clips of 32×48, and an F that looks once; costs are asked for elsewhere."
-    from flowloss_nb.basics.cost import cost
+    from flowloss_nb.basics import cost
     from flowloss_nb.data import metaworld
     from flowloss_nb.flow import dot, estimators, raft
     from flowloss_nb.runs import plan, stage, trained
@@ -49,7 +49,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(raft.RAFT, '__init__', once)
     monkeypatch.setattr(dot.DOT, 'tracks', lambda self, video: torch.ones(*video.shape[:2], 2, 3).to(video))
     monkeypatch.setattr(estimators.TorchvisionRaft.__init__, '__defaults__', (1,))
-    for asked in ('unet_cost', 'decode_cost', 'encode_cost', 'flow_cost', 'told_cost'): monkeypatch.setattr(plan, asked, counted)
+    for asked in ('unet_cost', 'decode_cost', 'encode_cost', 'flow_cost', 'condition_cost'): monkeypatch.setattr(plan, asked, counted)
     def run_once(f):
         loss, *_ = out if isinstance(out := f(), tuple) else (out,)
         if loss.requires_grad: loss.backward()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'choose_estimator', 'Stage', 'with_flow', 'embedded_stage', 'stage_denoiser', 'shipped_weights',
-           'choose_objective', 'warmed', 'calibrate', 'judge_clips', 'interleave']
+           'choose_objective', 'warmed', 'calibrate']
 
 # %% ../../nbs/7_runs/03_stage.ipynb #c003
 import copy
@@ -31,8 +31,6 @@ from ..training.losses import (
 from ..training.step import gradient_norms, step_losses, stream, TrainParams
 from ..training.scale import run_device
 from ..training.trainer import begin, Job, load_weights, make_accelerator, train_step
-from ..evaluation.metrics import clip_measures, copy_first
-from ..evaluation.validation import denoise_clips, keep_clips, sample_clips
 
 # %% ../../nbs/7_runs/03_stage.ipynb #2cf14272
 def choose_estimator(
@@ -187,49 +185,3 @@ def calibrate(
         if 'flow_term' in losses: found.append(gradient_norms(losses, weights)['ratio'])
     if not found: raise ValueError(f'{name} had no flow term in {step} batches: is its gate ever open? Raise psi, or set s itself')
     return {'s': ratio / median(found), 'ratio': median(found), 'after': after}
-
-# %% ../../nbs/7_runs/03_stage.ipynb #c025
-@torch.no_grad()
-def judge_clips(
-    denoiser:Denoiser,                      # Averaged weights
-    stage:Stage,                            # Codec, F, judge
-    clips:Dataset,                          # With exact flow, e.g. `stage.test`
-    indices:list[int],                      # Which clips
-    sigmas:tuple=(.2, .5, 1., 2.),          # Noise levels, in latent units
-    steps:int=10,                           # Heun steps of a sample
-    seed:int=0,                             # Of the noise
-    size:int=8,                             # Clips at a time
-    reference:bool=True,                    # Also copying frame 0 and the true clip, the same for every denoiser
-    keep:Path|None=None,                    # File for the samples, byte for byte
-)->dict[str, list[float]]:                  # 'what/measure' → a value per clip; nan where a clip has no answer
-    "Every measure of every clip: copying frame 0, the floor, denoised, sampled."
-    out, kept, device = {}, [], next(denoiser.parameters()).device
-    for i in range(0, len(indices), size):
-        b = take(clips, indices[i:i + size], device)
-        drawn = {'copy': copy_first(b), 'floor': b['video']} if reference else {}
-        drawn |= {'sample': sample_clips(denoiser, stage.codec, b, steps, seed)} | {f'denoise/{s:g}': denoise_clips(denoiser, stage.codec, b, s, seed)['y_hat'] for s in sigmas}
-        known = stage.estimator(b['video'])
-        for name, y_hat in drawn.items():
-            for k, v in clip_measures(y_hat, b, stage.estimator, stage.judge, known).items():
-                out.setdefault(f'{name}/{k}', []).extend(v.double().tolist())
-        kept.append(drawn['sample'])
-    if keep: keep_clips(keep, kept)
-    return out
-
-# %% ../../nbs/7_runs/03_stage.ipynb #c029
-def interleave(
-    stage:Stage,                # Clips and codec
-    objectives:dict,            # Name → objective
-    params:TrainParams,         # Of every arm
-    steps:int,                  # Steps of each arm
-    **sizes,                    # Of `stage_denoiser`
-)->dict[str, list[dict]]:       # Name → log lines, with 'seconds' and the number of 'open_clips' (σ < 1: the default gate)
-    "Train several objectives side by side, a step of each in turn."
-    accelerator, lines = make_accelerator(params), {name: [] for name in objectives}
-    arms = {name: (begin(params, Path('/nonexistent'), stage_denoiser(stage, **sizes), accelerator),
-                   Job(params, accelerator, stage.codec, objective, stage.train)) for name, objective in objectives.items()}
-    for _ in range(steps):
-        for name, (state, job) in arms.items():
-            line = train_step(state, job)
-            lines[name].append(line | {'open_clips': sum(s < 1 for s in line['sigma'])})
-    return lines

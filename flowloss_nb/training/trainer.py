@@ -6,7 +6,7 @@
 __all__ = ['TrainState', 'load_weights', 'save_state', 'check_fits', 'restore_state', 'begin', 'Job', 'without_stale',
            'load_batch', 'backward_piece', 'train_step', 'count_step', 'free_names', 'own_run', 'open_log',
            'validation_line', 'too_many_skips', 'due', 'check_environment', 'make_accelerator', 'progress_bar', 'train',
-           'load_ema', 'step_cost']
+           'load_ema', 'step_cost', 'interleave']
 
 # %% ../../nbs/5_training/05_trainer.ipynb #c003
 import copy, math, os, sys, time, warnings
@@ -417,3 +417,22 @@ def step_cost(
     middle = lambda seconds: median(seconds) if seconds else None
     mean, share = (sum(len(x)*middle(x) for x in (open, closed) if x) / len(lines), len(open) / len(lines)) if lines else (None, None)
     return {'open': middle(open), 'closed': middle(closed), 'mean': mean, 'share_open': share}
+
+# %% ../../nbs/5_training/05_trainer.ipynb #7d0a0002
+def interleave(
+    params:TrainParams,         # Of every arm
+    arms:dict[str, tuple],      # Name → its denoiser, trained in place, and its objective
+    codec:nn.Module,            # Frozen: pixels ↔ latents
+    clips:Dataset,              # Clips to train on
+    steps:int,                  # Steps of each arm
+)->dict[str, list[dict]]:       # Name → log lines, with 'seconds' and 'open_clips' (σ < 1: the default gate)
+    "Train several arms side by side, a step of each in turn."
+    accelerator, lines = make_accelerator(params), {name: [] for name in arms}
+    ready = {name: (begin(params, Path('/nonexistent'), denoiser, accelerator),
+                    Job(params, accelerator, codec, objective, clips))
+             for name, (denoiser, objective) in arms.items()}
+    for _ in range(steps):
+        for name, (state, job) in ready.items():
+            line = train_step(state, job)
+            lines[name].append(line | {'open_clips': sum(s < 1 for s in line['sigma'])})
+    return lines
