@@ -321,10 +321,15 @@ def rename(source: Path, problems: Problems):
         if 'output-file' not in head: problems.append(f'{where}: no title (a cell with `# Title`)')
         front['source'] = re.sub(r'^output-file:.*\n', '', head, flags=re.M)
         for cell in nb['cells']:
-            if cell['cell_type'] != 'code':
-                cell['source'] = re.sub(r'(\]\((?:[\w.-]+/)*)\d+_(\w+\.ipynb)', r'\1\2', text(cell['source']))
+            if cell['cell_type'] != 'code': cell['source'] = _unnumber_links(text(cell['source']))
+            for data in (output.get('data', {}) for output in cell.get('outputs', [])):
+                markdown = text(data.get('text/markdown', ''))
+                if markdown: data['text/markdown'] = _unnumber_links(markdown)
         page.unlink()
         page.with_name(unnumbered(page.name)).write_text(json.dumps(nb))
+
+def _unnumber_links(markdown: str) -> str:
+    return re.sub(r'(\]\((?:[\w.-]+/)*)\d+_(\w+\.ipynb)', r'\1\2', markdown)
 
 def mathml(tex: str, display: bool) -> str:
     "TeX as MathML, which browsers draw by themselves; spellings unknown to the converter are replaced."
