@@ -16,19 +16,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 # %% ../../nbs/1_basics/05_cost.ipynb #e3b9380a
 def storages(
-    tensors:Iterable,       # Tensors; whatever else is among them is passed over
+    tensors:Iterable,       # Tensors; anything else among them is ignored
 )->dict[int, int]:          # Address of a storage → its bytes
     "The memory behind tensors, each piece once."
-    held = (t.untyped_storage() for t in tensors if issubclass(type(t), Tensor) and t.layout == torch.strided)
-    return {s._cdata: s.nbytes() for s in held}
+    dense = lambda t: issubclass(type(t), Tensor) and t.layout == torch.strided
+    return {s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors if dense(t))}
 
 # %% ../../nbs/1_basics/05_cost.ipynb #6d87b25b
 def cost(
-    forward:Callable,   # Called once without arguments → a scalar, or a tuple that starts with one; without gradient there is no way back
-)->dict:                # 'forward' and 'flops' (with the backward pass), 'kept' in bytes, 'seconds'
+    forward:Callable,   # Called once without arguments → a scalar, or a tuple that starts with one;
+                        # if it needs no gradient, there is no backward pass
+)->dict:                # 'forward', 'flops' (both passes), 'kept' in bytes, 'seconds'
     "Operations, bytes kept and seconds of one forward and backward pass."
     kept, before = {}, storages(gc.get_objects())
-    def note(t): kept.update(storages([t])); return t
+    def note(t):
+        kept.update(storages([t]))
+        return t
     start = time.perf_counter()
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t): out = forward()
@@ -38,25 +41,29 @@ def cost(
         loss = out[0] if isinstance(out, tuple) else out
         if loss.requires_grad: loss.backward()
     seconds = middle - start + time.perf_counter() - again
-    return dict(forward=ahead, flops=counter.get_total_flops(), kept=sum(live.values()), seconds=seconds)
+    flops = counter.get_total_flops()
+    return dict(forward=ahead, flops=flops, kept=sum(live.values()), seconds=seconds)
 
 # %% ../../nbs/1_basics/05_cost.ipynb #9590ce93
 def peak_bytes(
     step:Callable,      # Called once without arguments: forward, backward, optimiser
-    *known:object,      # Modules and optimisers that are there already
-)->dict[str, int]:      # Bytes at the highest point, by kind ('Parameter', 'Gradient', 'Optstate', 'Activation', 'Temp', ...) and their 'Total'
-    "Memory at the highest point of a step, by what holds it."
+    *known:object,      # Modules and optimisers that exist already
+)->dict[str, int]:      # Bytes at the peak by kind, such as 'Parameter', 'Gradient',
+                        # 'Optstate', 'Activation' and 'Temp', and their 'Total'
+    "Memory at the peak of a step, by what holds it."
     from torch.distributed._tools.mem_tracker import MemTracker
     tracker = MemTracker()
     tracker.track_external(*known)
     with tracker: step()
     total = {}
     for by in tracker.get_tracker_snapshot('peak').values():
-        for kind, n in by.items(): total[getattr(kind, 'value', kind)] = total.get(getattr(kind, 'value', kind), 0) + n
+        for kind, n in by.items():
+            name = getattr(kind, 'value', kind)
+            total[name] = total.get(name, 0) + n
     return total
 
 def resident(
-    reset:bool=False,   # Forget the highest mark so far (Linux)
+    reset:bool=False,   # Forget the peak so far (Linux)
 )->int:                 # Bytes
     "The most memory this process has held since the last reset."
     if reset: Path('/proc/self/clear_refs').write_text('5')

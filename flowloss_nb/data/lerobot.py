@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['inside', 'fill_template', 'read_info', 'video_key', 'task_prompt', 'json_lines', 'read_tasks', 'episode_split',
-           'episode_row', 'raw_rows', 'lerobot_units', 'read_stretch', 'decode_from', 'is_flat', 'table_columns',
-           'lerobot_episode', 'lerobot_group']
+           'episode_row', 'raw_rows', 'line_rows', 'table_rows', 'lerobot_units', 'read_stretch', 'decode_from',
+           'is_flat', 'table_columns', 'lerobot_episode', 'lerobot_group']
 
 # %% ../../nbs/2_data/04_lerobot.ipynb #1bfd97cd
 import itertools, json, os, re
@@ -28,7 +28,7 @@ from flowloss_nb.data.bridge import (
 def inside(
     root:str|Path, # The data set's folder
     path:str,      # A path below it, from an untrusted file
-)->str:            # The whole path
+)->str:            # The absolute path
     "Refuse a path that leads out of the data set, directly or by a link."
     real = os.path.realpath(root)
     whole = os.path.normpath(os.path.join(real, path))
@@ -39,11 +39,12 @@ def inside(
 # %% ../../nbs/2_data/04_lerobot.ipynb #d3518aad
 def fill_template(
     template:str, # From info.json
-    **values,     # What its names stand for
+    **values,     # Values of its names
 )->str:           # A path
     "Fill a path template that comes from a file."
     names = re.findall(r'\{(\w*)[^{}]*\}', template)
-    if not re.fullmatch(r'([^{}]|\{\w+(:0?\d{1,2}d)?\})*', template) or not set(names) <= set(values):
+    simple = re.fullmatch(r'([^{}]|\{\w+(:0?\d{1,2}d)?\})*', template)
+    if not simple or not set(names) <= set(values):
         raise Unusable('template not understood', template)
     return template.format(**values)
 
@@ -56,9 +57,11 @@ def read_info(
     try: info = json.loads(read_some(path))
     except Unusable as e: raise ValueError(f'{path}: {e.args[0]}') from None
     except ValueError as e: raise ValueError(f'{path} is no JSON: {e}') from None
-    if lacks := {'features', 'fps', 'data_path', 'video_path'} - set(info): raise ValueError(f'{path} lacks {sorted(lacks)}')
+    if lacks := {'features', 'fps', 'data_path', 'video_path'} - set(info):
+        raise ValueError(f'{path} lacks {sorted(lacks)}')
     fps = info['fps']
-    if not isinstance(fps, int|float) or not 0 < fps < 1e4: raise ValueError(f'{path}: fps is {fps!r}')
+    if not isinstance(fps, int|float) or not 0 < fps < 1e4:
+        raise ValueError(f'{path}: fps is {fps!r}')
     return info
 
 def video_key(
@@ -67,17 +70,18 @@ def video_key(
 )->str:               # Name of the feature
     "The feature that holds a camera's pictures."
     keys = [k for k, f in info['features'].items() if f.get('dtype') == 'video']
-    ending = [k for k in keys if k.endswith(f'_{camera}')] if isinstance(camera, int) else [k for k in keys if k == camera]
-    found = ending or (keys[camera:camera+1] if isinstance(camera, int) else [])
-    if not found: raise ValueError(f'no camera {camera!r}: there are {keys}')
-    return found[0]
+    if isinstance(camera, int):
+        matches = [k for k in keys if k.endswith(f'_{camera}')] or keys[camera:camera+1]
+    else: matches = [k for k in keys if k == camera]
+    if not matches: raise ValueError(f'no camera {camera!r}: there are {keys}')
+    return matches[0]
 
 # %% ../../nbs/2_data/04_lerobot.ipynb #597d9131
 def task_prompt(
     tasks:object,  # Text, the number of one, several of either, or nothing: as the file has it
     names:dict={}, # Number -> text, from `read_tasks`
 )->str:            # Empty when there is none
-    "The first task that says something."
+    "The first task that isn't empty."
     if isinstance(tasks, np.ndarray): tasks = tasks.ravel().tolist()
     if isinstance(tasks, bytes): tasks = tasks.decode('utf-8', 'replace')
     if isinstance(tasks, str): return first_prompt(tasks)
@@ -88,7 +92,7 @@ def task_prompt(
 
 def json_lines(
     data:bytes, # Contents of a .jsonl file
-)->list:        # What its lines say
+)->list:        # The values of its lines
     "Lines of JSON, without blank ones; bytes that aren't UTF-8 are marked."
     lines = data.decode('utf-8-sig', 'replace').split('\n')
     return [json.loads(l) for l in lines if l.strip()]
@@ -112,7 +116,7 @@ def read_tasks(
 def episode_split(
     info:dict, # From `read_info`
     k:int,     # Number of the episode
-)->str:        # 'train', 'validation', 'test', or '' if the data set doesn't say
+)->str:        # 'train', 'validation', 'test', or '' if the data set has no splits
     "The split that a data set gives an episode, such as `splits: {train: '0:80', val: '80:100'}`."
     spans = info.get('splits') or {}
     def holds(span): return k in range(*map(int, span.split(':')))
@@ -122,36 +126,53 @@ def episode_split(
 def episode_row(
     info:dict, # From `read_info`
     key:str,   # Camera
-    row:dict,  # As it stands in the file: untrusted
+    row:dict,  # As in the file: untrusted
     names:dict={}, # Number -> task, from `read_tasks`
-)->dict:       # id, prompt, length, table, video, start in seconds; or id and problem
-    "What one episode's row says, in our words."
-    k = int(row['episode_index'])
-    chunk = dict(episode_index=k, episode_chunk=k // int(info.get('chunks_size', 1000)), video_key=key)
-    def place(of): return chunk | {n: int(row[f'{of}/{n}']) for n in ('chunk_index', 'file_index') if f'{of}/{n}' in row}
+)->dict:       # id, number, prompt, length, split, table, video, start in seconds
+    "One episode's row, with our names and its paths."
+    k, film = int(row['episode_index']), f'videos/{key}'
+    chunk = k // int(info.get('chunks_size', 1000))
+    def path(template, of):
+        numbers = (n for n in ('chunk_index', 'file_index') if f'{of}/{n}' in row)
+        return fill_template(info[template], episode_index=k, episode_chunk=chunk, video_key=key,
+                             **{n: int(row[f'{of}/{n}']) for n in numbers})
     tasks = row['tasks'] if row.get('tasks') is not None else row.get('task_index')
     return dict(id=f'episode_{k:06d}', number=k, prompt=task_prompt(tasks, names),
                 length=int(row['length']), split=episode_split(info, k),
-                table=fill_template(info['data_path'], **place('data')), video=fill_template(info['video_path'], **place(f'videos/{key}')),
-                start=float(row.get(f'videos/{key}/from_timestamp', 0)))
+                table=path('data_path', 'data'), video=path('video_path', film),
+                start=float(row.get(f'{film}/from_timestamp', 0)))
 
 # %% ../../nbs/2_data/04_lerobot.ipynb #e55f9862
 def raw_rows(
     root:str|Path, # The data set's folder
     key:str,       # Camera
-)->Iterator[tuple[str,dict|str]]: # Where it stands, and the row; or what is wrong with it
+)->Iterator[tuple[str,dict|str]]: # File and line, and the row; or what is wrong with it
     "The rows of meta/episodes.jsonl (v2) or of the tables below meta/episodes (v3)."
-    damaged = 'damaged table of episodes'
-    if 'episodes.jsonl' in entries(inside(root, 'meta')):
-        try: refuse_pointer(lines := inside(root, 'meta/episodes.jsonl'))
-        except Unusable as e: yield 'meta/episodes.jsonl', e.args[0]; return
-        with open(lines, 'rb') as f:
-            for n, line in enumerate(f, 1):
-                try: found = json_lines(line)
-                except ValueError: found = [damaged]
-                for row in found: yield f'meta/episodes.jsonl:{n}', row
+    v2 = 'episodes.jsonl' in entries(inside(root, 'meta'))
+    yield from line_rows(root) if v2 else table_rows(root, key)
+
+def line_rows(
+    root:str|Path, # The data set's folder
+)->Iterator[tuple[str,dict|str]]: # As from `raw_rows`
+    "The rows of meta/episodes.jsonl."
+    path = 'meta/episodes.jsonl'
+    try: refuse_pointer(lines := inside(root, path))
+    except Unusable as e:
+        yield path, e.args[0]
         return
-    wanted = ['episode_index', 'tasks', 'task_index', 'length', 'data/chunk_index', 'data/file_index',
+    with open(lines, 'rb') as f:
+        for n, line in enumerate(f, 1):
+            try: rows = json_lines(line)
+            except ValueError: rows = ['damaged table of episodes']
+            for row in rows: yield f'{path}:{n}', row
+
+def table_rows(
+    root:str|Path, # The data set's folder
+    key:str,       # Camera
+)->Iterator[tuple[str,dict|str]]: # As from `raw_rows`
+    "The rows of the tables below meta/episodes."
+    wanted = ['episode_index', 'tasks', 'task_index', 'length',
+              *(f'data/{n}' for n in ('chunk_index', 'file_index')),
               *(f'videos/{key}/{n}' for n in ('chunk_index', 'file_index', 'from_timestamp'))]
     tables = (Path(root)/'meta/episodes').rglob('*.parquet')
     paths = sorted(p.relative_to(root).as_posix() for p in tables)
@@ -162,35 +183,36 @@ def raw_rows(
             for batch in pq.ParquetFile(inside(root, path)).iter_batches(256, columns=wanted):
                 for row in batch.to_pylist(): yield path, row
         except Unusable as e: yield path, e.args[0]
-        except (pa.ArrowException, OSError): yield path, damaged
+        except (pa.ArrowException, OSError): yield path, 'damaged table of episodes'
 
 # %% ../../nbs/2_data/04_lerobot.ipynb #03d65d20
 def lerobot_units(
     root:str|Path,    # The data set's folder
     camera:int|str=0, # Number, or name of the feature
-    portion:int=32,   # Episodes a unit
+    portion:int=32,   # Episodes in a unit
 )->Iterator[Unit]:    # In the order of the rows
     "Portions of a LeRobot data set, v2 or v3."
     info = read_info(root)
-    key, names, seen = video_key(info, camera), {}, set()
+    key, names, ids = video_key(info, camera), {}, set()
     try: names = read_tasks(root)
-    except Unusable: pass # told by each episode that needs it
-    def understood(where, row):
+    except Unusable: pass # reported for each episode that needs it
+    def interpret(where, row):
         if isinstance(row, str): return dict(id=where, problem=row)
-        try:
-            found = episode_row(info, key, row, names)
-            if found['id'] in seen: return dict(id=where, problem='episode listed twice')
-            seen.add(found['id'])
-            return found
+        try: episode = episode_row(info, key, row, names)
         except Unusable as e: return dict(id=where, problem=e.args[0])
-        except (KeyError, TypeError, ValueError, AttributeError): return dict(id=where, problem='damaged table of episodes')
-    rows = (understood(*found) for found in raw_rows(root, key))
-    while some := list(itertools.islice(rows, portion)): yield Unit(f"from {some[0]['id']}", lerobot_group, (float(info['fps']), *some))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            return dict(id=where, problem='damaged table of episodes')
+        if episode['id'] in ids: return dict(id=where, problem='episode listed twice')
+        ids.add(episode['id'])
+        return episode
+    rows = (interpret(*found) for found in raw_rows(root, key))
+    while some := list(itertools.islice(rows, portion)):
+        yield Unit(f"from {some[0]['id']}", lerobot_group, (float(info['fps']), *some))
 
 # %% ../../nbs/2_data/04_lerobot.ipynb #517062b8
 def read_stretch(
     path:str,      # The video
-    start:float,   # Where the episode begins, seconds
+    start:float,   # Start of the episode, seconds
     fps:float,     # Rows a second
     rows:list[int],# Row numbers, increasing
     times:list[float]|None=None, # Seconds from the start, of all rows; default: the n-th is n/fps
@@ -213,8 +235,8 @@ def read_stretch(
 
 def decode_from(
     path:str,     # An mp4 video
-    start:float,  # Seconds; where to begin, or earlier
-)->Iterator[tuple[float,Callable]]: # Time of a frame, and what makes a picture of it
+    start:float,  # Seconds; decoding begins here or earlier
+)->Iterator[tuple[float,Callable]]: # Time of a frame, and a function that makes its picture
     "Decode a video, frame by frame."
     to_rgb = VideoReformatter()
     try:
@@ -233,7 +255,7 @@ def decode_from(
 def is_flat(
     picture:np.ndarray, # uint8, any shape
 )->bool:                # True for one colour
-    "Does a picture show nothing?"
+    "Is the picture of one colour, up to compression?"
     return int(picture.max()) - int(picture.min()) <= 8
 
 # %% ../../nbs/2_data/04_lerobot.ipynb #4a40e234
@@ -242,14 +264,14 @@ def table_columns(
     k:int,      # Number of the episode
     length:int, # Its rows
 )->dict:        # 'timestamp' and 'task_index', where the table has them
-    "What a table knows of an episode's rows."
+    "Times and tasks of an episode's rows."
     refuse_pointer(table)
     with pq.ParquetFile(table) as file:
         n, rows = file.metadata.num_rows, file.read(['episode_index', 'timestamp', 'task_index'])
-    if tells := n != length and 'episode_index' in rows.column_names:
+    if filtered := n != length and 'episode_index' in rows.column_names:
         rows = rows.filter(pc.equal(rows['episode_index'], k))
         n = rows.num_rows
-    if n < length or tells and n > length: raise Unusable('table of another length', table)
+    if n < length or filtered and n > length: raise Unusable('table of another length', table)
     if n > length: return {}
     return {c: rows[c].to_pylist() for c in ('timestamp', 'task_index') if c in rows.column_names}
 
@@ -258,16 +280,16 @@ def lerobot_episode(
     fps:float,     # Frames a second
     row:dict,      # From `episode_row`
 )->Trajectory:     # With a problem, if it has one
-    "Look at one episode without decoding it."
+    "Describe one episode without decoding it."
     if 'problem' in row: return Trajectory(row['id'], problem=row['problem'])
     bad = partial(Trajectory, row['id'])
     try:
         table, video = inside(root, row['table']), inside(root, row['video'])
         for what, path in dict(table=table, video=video).items():
             if not os.path.isfile(path): return bad(problem=f'no {what}', where=row[what])
-        told = table_columns(table, row['number'], row['length'])
-        prompt = row['prompt'] or task_prompt(told.get('task_index', []), read_tasks(root))
-        times = told.get('timestamp')
+        columns = table_columns(table, row['number'], row['length'])
+        prompt = row['prompt'] or task_prompt(columns.get('task_index', []), read_tasks(root))
+        times = columns.get('timestamp')
         if not prompt: return bad(problem='no prompt')
         if times and not all(a < b for a, b in zip(times, times[1:])):
             return bad(problem='times of the table do not increase', where=row['table'])
@@ -282,6 +304,6 @@ def lerobot_group(
     root:str|Path, # The data set's folder
     fps:float,     # Frames a second
     *rows:dict,    # From `episode_row`
-)->Iterator[Trajectory]: # One each
+)->Iterator[Trajectory]: # One for each row
     "The trajectories of some episodes."
     for row in rows: yield lerobot_episode(root, fps, row)
