@@ -23,7 +23,7 @@ from .i3d import (
 from .metrics import (
     as_shown, broken_clips, check_units, copy_first, on_screen)
 from ..training.scale import run_device
-from ..flow.official import Official, check_hash, find_official, fit_state, read_tensors
+from ..flow.official import Official, check_hash, find_official, fit_state, read_official
 
 # %% ../../nbs/6_evaluation/03_distances.ipynb #5145325b
 class TooFew(ValueError):
@@ -132,7 +132,7 @@ def lite0()->nn.Module: # Frozen, in evaluation mode
     "EfficientNet-Lite0 with ImageNet weights."
     import timm # here: importing it takes seconds
     net = timm.create_model('tf_efficientnet_lite0', pretrained=False)
-    names, state = list(net.state_dict()), read_tensors(lite0_file())
+    names, state = list(net.state_dict()), read_official(lite0_file())
     if len(names) != len(state):
         raise ValueError(f"timm's network has {len(names)} tensors, the file {len(state)}: "
                          "use the version of timm in requirements.txt")
@@ -221,7 +221,7 @@ def load_lpips(
         net = LPIPS(net='alex', pnet_rand=True, verbose=False)
     # LPIPS cuts the trunk into slices
     names = {'features.' + k.split('.', 1)[1]: k for k in net.net.state_dict()}
-    trunk = {names.get(k, k): v for k, v in read_tensors(path).items() if k.startswith('features.')}
+    trunk = {names.get(k, k): v for k, v in read_official(path).items() if k.startswith('features.')}
     fit_state(net.net, trunk, str(path))
     return net.eval().requires_grad_(False)
 
@@ -277,7 +277,7 @@ def fid_measure(
     "Fréchet distance of frames, by Inception."
     path = find_official(folder, INCEPTION)
     check_hash(path, INCEPTION)
-    net = fit_state(empty_inception(), read_tensors(path), str(path)).to(run_device())
+    net = fit_state(empty_inception(), read_official(path), str(path)).to(run_device())
     about = dict(network='inception-v3-compat of torch-fidelity', weights=file_hash(path),
                  looked_at=[299, 299], features='2048 per frame, frames 1..T-1, on bytes')
     compare = partial(frechet_value, minimum=minimum)

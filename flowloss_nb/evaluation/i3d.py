@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..flow.official import Official, check_hash, find_official, fit_state, read_tensors
+from ..flow.official import Official, check_hash, find_official, fit_state, read_official
 
 # %% ../../nbs/6_evaluation/02_i3d.ipynb #70ef231e
 def pad_same(
@@ -129,7 +129,7 @@ def load_i3d(
     check_hash(path, weights)
     net = i3d(1e-5 if weights.file == I3D_FVD.file else 1e-3)
     counters = {k: v for k, v in net.state_dict().items() if k.endswith('num_batches_tracked')}
-    return fit_state(net, counters | read_tensors(path), str(path))
+    return fit_state(net, counters | read_official(path), str(path))
 
 # %% ../../nbs/6_evaluation/02_i3d.ipynb #048b1764
 I3D_SCRIPT = Official('i3d_torchscript.pt', 'none stated; used by StyleGAN-V', None,

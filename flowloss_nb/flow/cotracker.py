@@ -21,15 +21,20 @@ class TrackEncoder(nn.Module):
     def __init__(self):
         super().__init__()
         norm, widths = nn.InstanceNorm2d, (64, 96, 128, 128)
-        block = lambda a, b, s: nn.Sequential(ResidualBlock(a, b, s, norm), ResidualBlock(b, b, 1, norm))
+        def stage(a, b, stride):
+            return nn.Sequential(ResidualBlock(a, b, stride, norm), ResidualBlock(b, b, 1, norm))
         self.conv1, self.norm1 = conv(3, 64, 7, 2), norm(64)
-        self.layer1, self.layer2, self.layer3, self.layer4 = map(block, (64, *widths), widths, (1, 2, 2, 2))
+        stages = map(stage, (64, *widths), widths, (1, 2, 2, 2))
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.conv2, self.norm2, self.conv3 = conv(sum(widths), 256), norm(256), conv(256, 128, 1)
 
     def forward(self, x):
-        size, x, maps = (x.shape[-2]//4, x.shape[-1]//4), F.relu(self.norm1(self.conv1(x))), []
-        for layer in (self.layer1, self.layer2, self.layer3, self.layer4): x = layer(x); maps.append(x)
-        x = torch.cat([F.interpolate(m, size, mode='bilinear', align_corners=True) for m in maps], 1)
+        H, W = x.shape[-2:]
+        maps = [F.relu(self.norm1(self.conv1(x)))]
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            maps.append(layer(maps[-1]))
+        resize = lambda m: F.interpolate(m, (H//4, W//4), mode='bilinear', align_corners=True)
+        x = torch.cat([resize(m) for m in maps[1:]], 1)
         return self.conv3(F.relu(self.norm2(self.conv2(x))))
 
 # %% ../../nbs/3_flow/05_cotracker.ipynb #c010
@@ -40,11 +45,14 @@ class Attention(nn.Module):
         heads:int,  # Heads, a divisor of `dim`
     ):
         super().__init__()
-        self.heads, self.to_q, self.to_kv, self.to_out = heads, nn.Linear(dim, dim), nn.Linear(dim, 2*dim), nn.Linear(dim, dim)
+        self.heads, self.to_q, self.to_kv = heads, nn.Linear(dim, dim), nn.Linear(dim, 2*dim)
+        self.to_out = nn.Linear(dim, dim)
 
     def forward(self, x, context, bias=None):
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.to_q(x), *self.to_kv(context).chunk(2, -1)))
-        return self.to_out(F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2))
+        split = lambda t: t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        q, (k, v) = split(self.to_q(x)), map(split, self.to_kv(context).chunk(2, -1))
+        out = F.scaled_dot_product_attention(q, k, v, bias)
+        return self.to_out(out.transpose(1, 2).flatten(2))
 
 # %% ../../nbs/3_flow/05_cotracker.ipynb #c014
 class Block(nn.Module):
@@ -55,14 +63,16 @@ class Block(nn.Module):
         cross:bool=False,   # With a context of its own?
     ):
         super().__init__()
-        self.norm1, self.norm2 = (nn.LayerNorm(dim, 1e-6, elementwise_affine=False) for _ in range(2))
+        self.norm1, self.norm2 = (nn.LayerNorm(dim, 1e-6, elementwise_affine=False) for _ in '12')
         if cross: self.norm_context, self.cross_attn = nn.LayerNorm(dim), Attention(dim, heads)
         else: self.attn = Attention(dim, heads)
-        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 4*dim), act=nn.GELU('tanh'), fc2=nn.Linear(4*dim, dim)))
+        fc1, act, fc2 = nn.Linear(dim, 4*dim), nn.GELU('tanh'), nn.Linear(4*dim, dim)
+        self.mlp = nn.Sequential(OrderedDict(fc1=fc1, act=act, fc2=fc2))
 
     def forward(self, x, context=None, bias=None):
         u = self.norm1(x)
-        x = x + (self.attn(u, u) if context is None else self.cross_attn(u, self.norm_context(context), bias))
+        if context is None: x = x + self.attn(u, u)
+        else: x = x + self.cross_attn(u, self.norm_context(context), bias)
         return x + self.mlp(self.norm2(x))
 
 # %% ../../nbs/3_flow/05_cotracker.ipynb #c018
@@ -80,25 +90,32 @@ class UpdateFormer(nn.Module):
         self.virual_tracks = nn.Parameter(torch.randn(1, virtual, 1, dim))
         blocks = lambda cross: nn.ModuleList(Block(dim, cross=cross) for _ in range(depth))
         self.time_blocks, self.space_virtual_blocks = blocks(False), blocks(False)
-        self.space_virtual2point_blocks, self.space_point2virtual_blocks = blocks(True), blocks(True)
+        self.space_virtual2point_blocks = blocks(True)
+        self.space_point2virtual_blocks = blocks(True)
 
     def forward(self, tokens, known):
         B, N, S, _ = tokens.shape
-        x = torch.cat([self.input_transform(tokens), self.virual_tracks.expand(B, -1, S, -1)], 1)
-        bias = torch.zeros(B, N).to(x).masked_fill(~known, torch.finfo(x.dtype).min).repeat_interleave(S, 0)
-        as_keys, as_queries = bias[:, None, None], bias[:, None, :, None].expand(-1, -1, -1, self.virual_tracks.shape[1])
-        for time, tell, talk, hear in zip(self.time_blocks, self.space_virtual2point_blocks, self.space_virtual_blocks, self.space_point2virtual_blocks):
+        virtual = self.virual_tracks.expand(B, -1, S, -1)
+        x = torch.cat([self.input_transform(tokens), virtual], 1)
+        least = torch.finfo(x.dtype).min
+        bias = torch.zeros(B, N).to(x).masked_fill(~known, least).repeat_interleave(S, 0)
+        as_keys = bias[:, None, None]
+        as_queries = bias[:, None, :, None].expand(-1, -1, -1, virtual.shape[1])
+        for time, collect, mix, spread in zip(
+                self.time_blocks, self.space_virtual2point_blocks,
+                self.space_virtual_blocks, self.space_point2virtual_blocks):
             x = time(x.flatten(0, 1)).unflatten(0, (B, -1)).transpose(1, 2).flatten(0, 1)
             points, virtual = x[:, :N], x[:, N:]
-            virtual = talk(tell(virtual, points, as_keys))
-            x = torch.cat([hear(points, virtual, as_queries), virtual], 1).unflatten(0, (B, S)).transpose(1, 2)
+            virtual = mix(collect(virtual, points, as_keys))
+            x = torch.cat([spread(points, virtual, as_queries), virtual], 1)
+            x = x.unflatten(0, (B, S)).transpose(1, 2)
         return self.flow_head(x[:, :N])
 
 # %% ../../nbs/3_flow/05_cotracker.ipynb #c022
 def waves(
     x:Tensor,               # Positions, any shape
     omega:Tensor,           # Frequencies `(n,)`
-    woven:bool=False,       # sin, cos, sin, cos rather than all sines first
+    woven:bool=False,       # sin, cos, sin, cos instead of all sines first
 )->Tensor:                  # `(..., 2n)`
     "Sines and cosines of positions."
     x = x[..., None]*omega
@@ -117,23 +134,26 @@ def place_waves(
 )->Tensor:          # `(1,dim,h,w)`: x first
     "The waves of every cell."
     x, y = (waves(torch.arange(n).double(), falling(dim//4)) for n in (w, h))
-    return torch.cat([x.expand(h, -1, -1), y[:, None].expand(-1, w, -1)], -1).permute(2, 0, 1)[None].float()
+    both = torch.cat([x.expand(h, -1, -1), y[:, None].expand(-1, w, -1)], -1)
+    return both.permute(2, 0, 1)[None].float()
 
 # %% ../../nbs/3_flow/05_cotracker.ipynb #c025
 class CoTracker2(nn.Module):
     "The tracker's weights; `track` runs it."
     def __init__(self,
         size:tuple=(384, 512),  # Frames are resized to this (H,W)
-        window:int=8,           # Frames S that are worked on at a time
+        window:int=8,           # Frames S that are processed at a time
         updates:int=6,          # Corrections of each window
     ):
         super().__init__()
         self.size, self.window, self.updates, dim = size, window, updates, 128
         self.fnet, self.updateformer = TrackEncoder(), UpdateFormer()
-        self.norm, self.track_feat_updater = nn.GroupNorm(1, dim), nn.Sequential(nn.Linear(dim, dim), nn.GELU())
+        self.norm = nn.GroupNorm(1, dim)
+        self.track_feat_updater = nn.Sequential(nn.Linear(dim, dim), nn.GELU())
         self.vis_predictor = nn.Sequential(nn.Linear(dim, 1))
         n = self.updateformer.input_transform.in_features
-        self.register_buffer('time_emb', waves(torch.arange(window).double(), falling(n//2))[None].float())
+        times = waves(torch.arange(window).double(), falling(n//2))
+        self.register_buffer('time_emb', times[None].float())
         self.register_buffer('pos_emb', place_waves(n, size[0]//4, size[1]//4))
 
 # %% ../../nbs/3_flow/05_cotracker.ipynb #c028
@@ -145,19 +165,22 @@ def update_window(
     logit:Tensor,           # Visibility to start from `(B,S,N)`
     known:Tensor,           # Points that take part `(B,N)` bool
     shown:Tensor,           # Frames that count, by point `(B,S,N)` bool
-)->tuple[Tensor, Tensor]:   # Places and visibility logits, as they came in
+)->tuple[Tensor, Tensor]:   # Places and visibility logits, in the shapes of the input
     "Correct one window's tracks, several times."
-    B, S = coords.shape[:2]
-    levels, omega = [f.flatten(0, 1) for f in pyramid], 1000/32*torch.arange(32).to(coords)
-    place = sample_at(net.pos_emb.expand(B, -1, -1, -1), coords[:, 0].mT[..., None], 'border')[..., 0].mT
+    (B, S), omega = coords.shape[:2], 1000/32*torch.arange(32).to(coords)
+    levels, flat = [f.flatten(0, 1) for f in pyramid], lambda x: x.flatten(0, 1).mT
+    place = sample_at(net.pos_emb.expand(B, -1, -1, -1), coords[:, 0].mT[..., None])[..., 0].mT
     for _ in range(net.updates):
-        costs = lookup_features(feat.flatten(0, 1).mT, levels, coords.flatten(0, 1).mT, 3, 'border').mT.unflatten(0, (B, S))
+        costs = lookup_features(flat(feat), levels, flat(coords), 3, 'border')
         d = coords - coords[:, :1]
         moved = [d, *(waves(u, omega, woven=True) for u in d.unbind(-1))]
-        tokens = torch.cat([*moved, costs, feat, shown[..., None].to(d), logit[..., None]], -1).transpose(1, 2)
-        step = net.updateformer(tokens + place[:, :, None] + net.time_emb[:, None], known).transpose(1, 2)
+        costs, flags = costs.mT.unflatten(0, (B, S)), [shown[..., None].to(d), logit[..., None]]
+        tokens = torch.cat([*moved, costs, feat, *flags], -1).transpose(1, 2)
+        tokens = tokens + place[:, :, None] + net.time_emb[:, None]
+        step = net.updateformer(tokens, known).transpose(1, 2)
         coords = coords + step[..., :2]
-        feat = feat + net.track_feat_updater(net.norm(step[..., 2:].flatten(0, 2))).view_as(feat)
+        change = net.track_feat_updater(net.norm(step[..., 2:].flatten(0, 2)))
+        feat = feat + change.view_as(feat)
     return coords, net.vis_predictor(feat)[..., 0]
 
 # %% ../../nbs/3_flow/05_cotracker.ipynb #c032
@@ -165,9 +188,9 @@ def query_features(
     f:Tensor,           # Features of all frames `(B,T,D,h,w)`
     queries:Tensor,     # t, x, y in frames and cells `(B,N,3)`
 )->Tensor:              # `(B,N,D)`
-    "What each point looks like where it was asked for."
-    at = queries[..., 1:].mT[..., None]
-    return sum(sample_at(f[:, t], at, 'border')[..., 0].mT * (queries[..., :1] == t) for t in range(f.shape[1]))
+    "The features of each point at its query."
+    at, t = queries[..., 1:].mT[..., None], queries[..., :1]
+    return sum(sample_at(frame, at)[..., 0].mT * (t == i) for i, frame in enumerate(f.unbind(1)))
 
 def slide(
     net:CoTracker2,         # The tracker
@@ -177,16 +200,19 @@ def slide(
     "Track forward in time, window by window."
     T, S, half = pyramid[0].shape[1], net.window, net.window//2
     feat, t0 = query_features(pyramid[0], queries), queries[:, None, :, 0]
-    start, sure = queries[:, None, :, 1:].expand(-1, S, -1, -1), torch.full_like(t0, 10.).expand(-1, S, -1)
+    start = queries[:, None, :, 1:].expand(-1, S, -1, -1)
+    sure = torch.full_like(t0, 10.).expand(-1, S, -1)
     coords, logit = start, sure
     on = lambda x: torch.cat([x[:, -half:], x[:, -1:].expand(-1, half, *x.shape[2:])], 1)
     for i in range(0, T - half, half):
         frames = torch.arange(i, i + S, device=t0.device)
         old, known = (t0 < i + half) & (i > 0), t0[:, 0] < i + S
         shown = (t0 <= frames[:, None]) & (frames[:, None] >= (i + half)*(i > 0))
-        begin = torch.where(old[..., None], on(coords), start), torch.where(old, on(logit), sure)
         window = [f[:, frames.clamp(max=T - 1)] for f in pyramid]
-        new = update_window(net, window, begin[0], (feat*known[..., None])[:, None].expand(-1, S, -1, -1), begin[1], known, shown)
+        at = torch.where(old[..., None], on(coords), start)
+        sight = torch.where(old, on(logit), sure)
+        own = (feat*known[..., None])[:, None].expand(-1, S, -1, -1)
+        new = update_window(net, window, at, own, sight, known, shown)
         coords, logit = (torch.cat([x[:, :i], n], 1) for x, n in zip((coords, logit), new))
     return coords[:, :T], logit[:, :T]
 
@@ -203,7 +229,7 @@ def support_grid(
     net:CoTracker2,     # Its size is the grid's
     n:int=6,            # Points a side
 )->Tensor:              # t, x, y `(n²,3)` in frames and pixels of the tracker
-    "Points that keep the queries company."
+    "Points that accompany the queries."
     y, x = (torch.linspace(8, side - 8, n) for side in net.size)
     return torch.stack([torch.zeros(n*n), x.repeat(n), y.repeat_interleave(n)], -1)
 
@@ -213,7 +239,7 @@ def both_ways(
     queries:Tensor,     # t, x, y in frames and cells `(B,N,3)`
     backward:bool,      # Also before the queries?
 )->tuple[Tensor, Tensor]: # Places `(B,T,N,2)` in cells, visibility logits `(B,T,N)`
-    "Track from each query to the end and, if asked for, to the beginning."
+    "Track from each query to the end and, if `backward`, to the beginning."
     pyramid = [p.unflatten(0, f.shape[:2]) for p in feature_pyramid(f.flatten(0, 1))]
     coords, logit = slide(net, pyramid, queries)
     if not backward: return coords, logit
@@ -229,17 +255,21 @@ def track(
     video:Tensor,               # `(B,T,3,H,W)` in [-1, 1], T ≥ 2
     queries:Tensor,             # t, x, y in frames and pixels `(B,N,3)`
     backward:bool=True,         # Also before the queries? Else only after them
-    features:Tensor|None=None,  # From `track_features`, if at hand
-)->tuple[Tensor, Tensor]:       # Places `(B,T,N,2)` in pixels, seen `(B,T,N)` bool
+    features:Tensor|None=None,  # From `track_features`, if already computed
+)->tuple[Tensor, Tensor]:       # Places `(B,T,N,2)` in pixels, visible `(B,T,N)` bool
     "Follow points through a clip."
     check_video(video)
     (B, T), (H, W), N = video.shape[:2], video.shape[-2:], queries.shape[1]
-    if queries.shape[::2] != (B, 3) or not ((queries[..., 0] >= 0) & (queries[..., 0] < T)).all():
-        raise ValueError(f'queries must be ({B},N,3): frame in 0..{T-1}, x, y; got {tuple(queries.shape)} with frames {queries[..., 0].unique().tolist()[:5]}')
-    f = track_features(net, video) if features is None else features
-    f = torch.cat([f, f[:, -1:].expand(-1, max(0, net.window//2 + 1 - T), -1, -1, -1)], 1)
+    t, places = queries[:, None, :, 0], queries[:, None, :, 1:]
+    if queries.shape[::2] != (B, 3) or not ((t >= 0) & (t < T)).all():
+        raise ValueError(f'queries must be ({B},N,3): frame in 0..{T-1}, x, y; got '
+                         f'{tuple(queries.shape)} with frames {t.unique().tolist()[:5]}')
+    f, least = track_features(net, video) if features is None else features, net.window//2 + 1
+    f = torch.cat([f, f[:, -1:].expand(-1, max(0, least - T), -1, -1, -1)], 1)
     scale = torch.tensor([1., (net.size[1] - 1)/(W - 1), (net.size[0] - 1)/(H - 1)]).to(f)
-    asked = torch.cat([queries*scale, support_grid(net).to(f).expand(B, -1, -1)], 1) / torch.tensor([1., 4., 4.]).to(f)
-    coords, logit = (x[:, :T, :N] for x in both_ways(net, f, asked, backward))
-    own = torch.arange(T, device=f.device)[:, None] == queries[:, None, :, 0]
-    return torch.where(own[..., None], queries[:, None, :, 1:], 4*coords/scale[1:]), (logit.sigmoid() > .9) | own
+    points = torch.cat([queries*scale, support_grid(net).to(f).expand(B, -1, -1)], 1)
+    points = points / torch.tensor([1., 4., 4.]).to(f)
+    coords, logit = (x[:, :T, :N] for x in both_ways(net, f, points, backward))
+    own = torch.arange(T, device=f.device)[:, None] == t
+    at = torch.where(own[..., None], places, 4*coords/scale[1:])
+    return at, (logit.sigmoid() > .9) | own

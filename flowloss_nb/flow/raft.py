@@ -6,8 +6,8 @@
 __all__ = ['dot_estimator', 'dot_refiner', 'small_raft', 'FrozenConv', 'Conv', 'conv', 'rectified', 'ResidualBlock', 'Encoder',
            'correlation_pyramid', 'lookup', 'feature_pyramid', 'lookup_features', 'cost_lookup', 'softmax_match',
            'FeatureAttention', 'MotionEncoder', 'SepConvGRU', 'Head', 'UpdateBlock', 'convex_upsample', 'RAFT',
-           'check_frames', 'source_context', 'target_features', 'with_pixels', 'split_pixels', 'refine', 'draw_update',
-           'pair_flow']
+           'check_frames', 'source_context', 'target_features', 'with_pixels', 'split_pixels', 'matching_costs',
+           'refine', 'draw_update', 'pair_flow']
 
 # %% ../../nbs/3_flow/02_raft.ipynb #c003
 import math
@@ -21,20 +21,22 @@ from .fields import grid, sample_at
 
 # %% ../../nbs/3_flow/02_raft.ipynb #c006
 class FrozenConv(torch.autograd.Function):
-    "A convolution with constant weights, which for its gradient needs those and not its input."
+    "A convolution with constant weights, whose gradient needs those and not its input."
     @staticmethod
     def forward(ctx, x, weight, bias, stride, padding):
-        ctx.save_for_backward(weight); ctx.about = x.shape, stride, padding
+        ctx.save_for_backward(weight)
+        ctx.about = x.shape, stride, padding
         return F.conv2d(x, weight, bias, stride, padding)
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         shape, stride, padding = ctx.about
-        return nn.grad.conv2d_input(shape, *ctx.saved_tensors, g, stride, padding), None, None, None, None
+        pull = nn.grad.conv2d_input(shape, *ctx.saved_tensors, g, stride, padding)
+        return pull, None, None, None, None
 
 class Conv(nn.Conv2d):
-    "`nn.Conv2d` that keeps no input where nothing is to be learned."
-    frugal = True   # False: keep it all the same
+    "`nn.Conv2d` that stores no input while its weights are constant."
+    frugal = True   # False: store it anyway
     def constant(self): return self.frugal and not self.weight.requires_grad
     def forward(self, x):
         if not self.constant(): return super().forward(x)
@@ -53,10 +55,10 @@ def conv(
 # %% ../../nbs/3_flow/02_raft.ipynb #be1e0e5b
 def rectified(
     conv:Conv,      # A convolution
-    norm:nn.Module, # Normalisation of its answer
+    norm:nn.Module, # Normalisation of its output
     x:Tensor,       # `(B,C,H,W)`
 )->Tensor:          # ReLU(norm(conv(x)))
-    "A layer; where its weights are constant, only what the convolution answers is kept, the rest costs nothing to do again."
+    "A layer that, with constant weights, stores only the convolution's output for its gradient."
     finish, y = lambda y: F.relu(norm(y)), conv(x)
     if not (conv.constant() and torch.is_grad_enabled()): return finish(y)
     return checkpoint(finish, y, use_reentrant=False, preserve_rng_state=False)
@@ -91,8 +93,9 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         self.conv1, self.norm1 = conv(3, widths[0], 7, strides[0]), norm(widths[0])
-        pairs = zip((widths[0], *widths), widths, (1, *strides[1:]))
-        stages = [nn.Sequential(ResidualBlock(a, b, s, norm), ResidualBlock(b, b, 1, norm)) for a, b, s in pairs]
+        def stage(a, b, stride):
+            return nn.Sequential(ResidualBlock(a, b, stride, norm), ResidualBlock(b, b, 1, norm))
+        stages = map(stage, (widths[0], *widths), widths, (1, *strides[1:]))
         self.layer1, self.layer2, self.layer3 = stages
         self.conv2 = conv(widths[-1], out, 1)
 
@@ -124,8 +127,8 @@ def lookup(
     d = torch.arange(-radius, radius + 1).to(target)
     window = torch.stack(torch.meshgrid(d, d, indexing='ij'))
     centre = target.movedim(1, -1).reshape(B*h*w, 2, 1, 1)
-    looks = [sample_at(cost, centre/2**l + window, 'zeros') for l, cost in enumerate(pyramid)]
-    return torch.cat([look.reshape(B, h, w, -1) for look in looks], -1).movedim(-1, 1)
+    costs = [sample_at(cost, centre/2**l + window, 'zeros') for l, cost in enumerate(pyramid)]
+    return torch.cat([c.reshape(B, h, w, -1) for c in costs], -1).movedim(-1, 1)
 
 # %% ../../nbs/3_flow/02_raft.ipynb #new0773
 def feature_pyramid(
@@ -147,8 +150,10 @@ def lookup_features(
     "The costs that `lookup` finds, without the volume."
     d = torch.arange(-radius, radius + 1).to(target)
     window = torch.stack(torch.meshgrid(d, d, indexing='ij')).flatten(1)[:, None]
-    seen = (sample_at(f2, target[..., None]/2**l + window, padding) for l, f2 in enumerate(pyramid))
-    return torch.cat([torch.einsum('bdn,bdnw->bwn', f1, s) for s in seen], 1) / math.sqrt(f1.shape[1])
+    centre = target[..., None]
+    near = (sample_at(f2, centre/2**l + window, padding) for l, f2 in enumerate(pyramid))
+    costs = torch.cat([torch.einsum('bdn,bdnw->bwn', f1, n) for n in near], 1)
+    return costs / math.sqrt(f1.shape[1])
 
 # %% ../../nbs/3_flow/02_raft.ipynb #new4793
 def cost_lookup(
@@ -157,16 +162,18 @@ def cost_lookup(
     levels:int=4,           # Of the pyramid
     radius:int=4,           # Of the windows
     most:float=2**29,       # Bytes that the volume of a pair may take
-)->tuple[Callable, list]:   # Targets `(B,2,h,w)` → costs `(B, levels·(2·radius+1)², h, w)`; the pyramid, empty if there is none
+)->tuple[Callable, list]:   # `look(targets)` → costs, as `lookup`; the pyramid, if there is one
     "Look costs up in a volume, or without one where that would be too large."
     h, w = f1.shape[-2:]
     if f1.element_size()*4/3*(h*w)**2 <= most:
         pyramid = correlation_pyramid(f1, f2, levels)
         return partial(lookup, pyramid, radius=radius), pyramid
-    def without(target):
+    def some(a, at): return lookup_features(a, feature_pyramid(f2, levels), at, radius)
+    def look(target):
         parts = zip(f1.flatten(2).split(1024, -1), target.flatten(2).split(1024, -1))
-        return torch.cat([checkpoint(lookup_features, a, feature_pyramid(f2, levels), at, radius, use_reentrant=False) for a, at in parts], -1).unflatten(-1, (h, w))
-    return without, []
+        costs = [checkpoint(some, a, at, use_reentrant=False) for a, at in parts]
+        return torch.cat(costs, -1).unflatten(-1, (h, w))
+    return look, []
 
 # %% ../../nbs/3_flow/02_raft.ipynb #c021
 def softmax_match(
@@ -175,7 +182,7 @@ def softmax_match(
     batch:int,              # B
     radius:int=2,           # Of the window around the best match, in cells
 )->tuple[Tensor, Tensor]:   # Displacement in cells and confidence `(B,3,h,w)`; log π `(B,h·w,h·w)`
-    "Expected displacement around the best match of every place, and how sure it is."
+    "Expected displacement around the best match of every place, and its confidence."
     h, w = cost.shape[-2:]
     log_pi = F.log_softmax(temperature * cost.reshape(batch, h*w, h*w), -1)
     at = grid(h, w, cost).flatten(1)
@@ -188,25 +195,26 @@ def softmax_match(
 
 # %% ../../nbs/3_flow/02_raft.ipynb #new1823
 class FeatureAttention(nn.Module):
-    "Let the features of two frames look at their own frame and at each other."
+    "Let the features of two frames attend to their own frame and to each other."
     def __init__(self,
         dim:int,            # Feature channels D
         layers:int,         # Transformer layers: self-attention, cross-attention, two linear maps
         width:int=96,       # Channels inside, a multiple of 4
     ):
         super().__init__()
-        layer = lambda: nn.TransformerDecoderLayer(width, 4, 2*width, 0., 'gelu', batch_first=True, norm_first=True)
+        how = dict(dropout=0., activation='gelu', batch_first=True, norm_first=True)
         self.down, self.up = nn.Conv2d(dim, width, 2, 2), conv(width, dim, 1)
         self.place = nn.Parameter(.02*torch.randn(1, width, 8, 12))
+        layer = lambda: nn.TransformerDecoderLayer(width, 4, 2*width, **how)
         self.layers = nn.ModuleList(layer() for _ in range(layers))
 
     def train(self, mode=True):
-        super().train(mode)
-        for layer in self.layers: layer.self_attn.train()   # no dropout; evaluation rounds otherwise
+        super().train(mode)     # no dropout to switch off, and evaluation mode rounds differently
+        for layer in self.layers: layer.self_attn.train()
         return self
 
     def forward(self, f1, f2):
-        with torch.autocast(f1.device.type, enabled=False):     # short sequences: bfloat16 would be slower
+        with torch.autocast(f1.device.type, enabled=False):     # short: slower in bfloat16
             f = torch.cat([f1, f2]).to(self.place.dtype)
             x = self.down(f)
             size, x = x.shape[-2:], x + F.interpolate(self.place, x.shape[-2:], mode='bilinear')
@@ -243,11 +251,14 @@ class SepConvGRU(nn.Module):
         n_in:int,       # Channels of the input
     ):
         super().__init__()
-        for i, kernel in enumerate([(1, 5), (5, 1)], 1):
-            for gate in 'zrq': self.add_module(f'conv{gate}{i}', conv(hidden + n_in, hidden, kernel))
+        gate = lambda kernel: conv(hidden + n_in, hidden, kernel)
+        self.convz1, self.convr1, self.convq1 = (gate((1, 5)) for _ in 'zrq')
+        self.convz2, self.convr2, self.convq2 = (gate((5, 1)) for _ in 'zrq')
 
     def forward(self, h, x):
-        for z, r, q in ((self.convz1, self.convr1, self.convq1), (self.convz2, self.convr2, self.convq2)):
+        across = self.convz1, self.convr1, self.convq1
+        down = self.convz2, self.convr2, self.convq2
+        for z, r, q in (across, down):
             hx = torch.cat([h, x], 1)
             keep, reset = z(hx).sigmoid(), r(hx).sigmoid()
             h = (1 - keep)*h + keep*q(torch.cat([reset*h, x], 1)).tanh()
@@ -283,8 +294,9 @@ class UpdateBlock(nn.Module):
         edges:bool=False,   # The upsampling heads see pixels, and may choose to stand still
     ):
         super().__init__()
-        seen = hidden + 4*patch**2*edges
-        mask = lambda n: nn.Sequential(conv(seen, masks), nn.ReLU(), conv(masks, n*patch**2, 1))
+        n_in = hidden + 4*patch**2*edges
+        out = lambda n: conv(masks, n*patch**2, 1)
+        mask = lambda n: nn.Sequential(conv(n_in, masks), nn.ReLU(), out(n))
         self.encoder = MotionEncoder(n_cost, n_state, motion, widths)
         self.gru = SepConvGRU(hidden, context + motion + patch**2*edges)
         self.flow_head, self.mask = Head(hidden, heads, 2), mask(9 + edges)
@@ -319,26 +331,28 @@ class RAFT(nn.Module):
         radius:int=4,                               # Look-up radius
         motion:int=128,                             # Motion features
         motion_widths:tuple=(256, 192, 128, 64),    # Inside the motion encoder
-        heads:int=256,                              # Width of the heads that correct flow and visibility
-        masks:int=256,                              # Width of the heads that upsample
+        heads:int=256,                              # Width of the flow and visibility heads
+        masks:int=256,                              # Width of the upsampling heads
         updates:int=4,                              # Recurrent steps
         visibility:bool=True,                       # Predict visibility
         matching:bool=False,                        # Our branch: feed the global softmax match
-        attention:int=0,                            # Our branch: transformer layers between the frames' features
-        edges:bool=False,                           # Our branch: the upsampling sees pixels and may choose to stand still
+        attention:int=0,                            # Our branch: layers of `FeatureAttention`
+        edges:bool=False,                           # Our branch: the upsampling sees pixels
         visible_start:float=1.,                     # Visibility before the first update, in (0, 1]
-        context_widths:tuple|None=None,             # Encoder stages of the context; default as `widths`
+        context_widths:tuple|None=None,             # Encoder stages of the context; None: `widths`
         context_norm:type=nn.InstanceNorm2d,        # DOT's estimator uses `nn.BatchNorm2d`
     ):
         super().__init__()
-        self.patch, self.levels, self.radius, self.updates = math.prod(strides), levels, radius, updates
-        self.hidden, self.visibility, self.visible_start, self.edges = hidden, visibility, visible_start, edges
+        self.patch, self.levels, self.radius = math.prod(strides), levels, radius
+        self.updates, self.visibility, self.visible_start = updates, visibility, visible_start
+        self.hidden, self.edges = hidden, edges
         self.fnet = Encoder(widths, dim, strides)
         self.attention = FeatureAttention(dim, attention) if attention else None
         self.cnet = Encoder(context_widths or widths, hidden + context, strides, context_norm)
+        n_cost = levels*(2*radius + 1)**2
         n_state = 2 + visibility*(1 + 2*(not matching)) + 3*matching
-        self.update_block = UpdateBlock(levels*(2*radius + 1)**2, n_state, hidden, context, motion,
-            motion_widths, heads, self.patch, visibility, masks, edges)
+        self.update_block = UpdateBlock(n_cost, n_state, hidden, context, motion, motion_widths,
+                                        heads, self.patch, visibility, masks, edges)
         self.log_temperature = nn.Parameter(torch.tensor(1.)) if matching else None
 
 # %% ../../nbs/3_flow/02_raft.ipynb #c038
@@ -346,34 +360,35 @@ def check_frames(
     net:RAFT,       # Its patch and levels set the limits
     frame:Tensor,   # `(B,3,H,W)`
 )->None:
-    "One clear error for frames the network cannot take."
-    if frame.ndim != 4 or frame.shape[1] != 3: raise ValueError(f'expected frames (B,3,H,W), got {tuple(frame.shape)}')
+    "Raise one clear error for frames that the network cannot take."
+    if frame.ndim != 4 or frame.shape[1] != 3:
+        raise ValueError(f'expected frames (B,3,H,W), got {tuple(frame.shape)}')
     P, least = net.patch * (2 if net.attention else 1), net.patch * 2**(net.levels - 1)
     if any(side % P or side < least for side in frame.shape[-2:]):
-        raise ValueError(f'frames of {tuple(frame.shape[-2:])}: each side must be a multiple of {P} and at least {least}; '
-                         f'resize or pad the clip first')
+        raise ValueError(f'frames of {tuple(frame.shape[-2:])}: each side must be a multiple of '
+                         f'{P} and at least {least}; resize or pad the clip first')
 
 # %% ../../nbs/3_flow/02_raft.ipynb #c040
 def source_context(
     net:RAFT,       # The network
     source:Tensor,  # Frame 0 `(B,3,H,W)` in [-1, 1]
 )->Tensor:          # `(B,hidden+context,h,w)`, with `edges` and 3P² channels of pixels
-    "What the recurrence is told of the source besides matching features."
+    "What the recurrence reads from the source besides matching features."
     return with_pixels(net, net.cnet(source), source)
 
 def target_features(
     net:RAFT,       # The network
     target:Tensor,  # Frame t `(B,3,H,W)` in [-1, 1]
 )->Tensor:          # `(B,D,h,w)`, with `edges` and 3P² channels of pixels
-    "What is known of the target."
+    "What the recurrence reads from the target."
     return with_pixels(net, net.fnet(target), target)
 
 def with_pixels(
     net:RAFT,       # The network
     x:Tensor,       # Channels at the patches `(B,·,h,w)`
-    frame:Tensor,   # What they were read from `(B,3,H,W)`
+    frame:Tensor,   # The frame from which they were computed `(B,3,H,W)`
 )->Tensor:          # The same, with `edges` and 3P² channels
-    "Let a frame's pixels ride along."
+    "Append a frame's pixels if the network uses them."
     return torch.cat([x, F.pixel_unshuffle(frame, net.patch)], 1) if net.edges else x
 
 # %% ../../nbs/3_flow/02_raft.ipynb #c042
@@ -381,12 +396,26 @@ def split_pixels(
     net:RAFT,           # The network
     context:Tensor,     # From `source_context`
     f2:Tensor,          # From `target_features`
-)->tuple:               # context, f2, pixels `(B,4P²,h,w)`, change `(B,P²,h,w)`; the latter two empty without `edges`
-    "Take off what rides along."
+)->tuple:               # context, f2, pixels `(B,4P²,h,w)`, change `(B,P²,h,w)`
+    "Separate what `with_pixels` appended; without `edges` pixels and change have no channels."
     context, source = context.tensor_split([net.cnet.conv2.out_channels], 1)
     f2, target = f2.tensor_split([net.fnet.conv2.out_channels], 1)
     change = (source - target).unflatten(1, (3, -1)).abs().mean(1) if net.edges else source
     return context, f2, torch.cat([source, change], 1), change
+
+# %% ../../nbs/3_flow/02_raft.ipynb #3a20c007
+def matching_costs(
+    net:RAFT,                           # The network
+    f1:Tensor,                          # Source features `(B,D,h,w)`
+    f2:Tensor,                          # Target features `(B,D,h,w)`
+)->tuple[Callable, Tensor, Tensor|None]:# Look-up; match `(B,·,h,w)`, 0 without matching; log π
+    "What a RAFT compares: costs around a target, and the match over all places."
+    matching = net.log_temperature is not None
+    if net.attention: f1, f2 = net.attention(f1, f2)
+    most = math.inf if matching else 2**29
+    look, pyramid = cost_lookup(f1, f2, net.levels, net.radius, most)
+    if not matching: return look, f1.new_zeros(len(f1), 2, *f1.shape[-2:]), None
+    return look, *softmax_match(pyramid[0], net.log_temperature.exp(), len(f1))
 
 # %% ../../nbs/3_flow/02_raft.ipynb #c044
 def refine(
@@ -397,26 +426,27 @@ def refine(
     flow:Tensor|None=None,          # Coarse flow to start from `(B,2,h,w)` in cells; default 0
     visible:Tensor|None=None,       # Coarse visibility to start from `(B,1,h,w)` in [0, 1]
     detach:bool=True,               # Truncated gradient (RAFT's); False: the full one
-    every:bool=False,               # Return all updates rather than the last
-)->dict[str, Tensor|list]:          # 'flow' `(B,2,H,W)` px, 'visible' `(B,H,W)` prob.; lists if `every`; 'log_pi'
+    every:bool=False,               # Return all updates instead of the last
+)->dict[str, Tensor|list]:          # 'flow' px, 'visible' prob. (lists if `every`), 'log_pi'
     "The recurrence: look up, update, correct; draw the result at full size."
-    B, _, h, w = f1.shape
+    (B, _, h, w), exact = f1.shape, net.fnet.conv2.weight
     context, f2, pixels, change = split_pixels(net, context, f2)
-    if net.attention: f1, f2 = net.attention(f1, f2)
-    exact = net.fnet.conv2.weight               # positions keep its precision, whatever the features have
-    here, matching = grid(h, w, exact), net.log_temperature is not None
-    look, pyramid = cost_lookup(f1, f2, net.levels, net.radius, math.inf if matching else 2**29)
-    match, log_pi = softmax_match(pyramid[0], net.log_temperature.exp(), B) if matching else (exact.new_zeros(B, 2, h, w), None)
-    hidden, inp = context[:, :net.hidden].tanh(), torch.cat([context[:, net.hidden:].relu(), change], 1)
-    flow = exact.new_zeros(B, 2, h, w) if flow is None else flow
-    logit = torch.logit(exact.new_full((B, 1, h, w), net.visible_start) if visible is None else visible, 1e-5)
+    look, match, log_pi = matching_costs(net, f1, f2)
+    here = grid(h, w, exact)
+    hidden, inp = context[:, :net.hidden].tanh(), context[:, net.hidden:].relu()
+    inp = torch.cat([inp, change], 1)
+    if flow is None: flow = exact.new_zeros(B, 2, h, w)
+    if visible is None: visible = exact.new_full((B, 1, h, w), net.visible_start)
+    logit = torch.logit(visible, 1e-5)
     out = {'flow': [], 'visible': [], 'log_pi': log_pi}
     for i in range(net.updates):
         if detach: flow, logit = flow.detach(), logit.detach()
         state = [flow, logit, match] if net.visibility else [flow] + [match]*(log_pi is not None)
-        hidden, step, rise = net.update_block(hidden, inp, look(here + flow), torch.cat(state, 1))
+        costs = look(here + flow)
+        hidden, step, rise = net.update_block(hidden, inp, costs, torch.cat(state, 1))
         flow, logit = flow + step, logit + rise if net.visibility else logit
-        if every or i == net.updates - 1: draw_update(net, torch.cat([hidden, pixels], 1), flow, logit, out)
+        if every or i == net.updates - 1:
+            draw_update(net, torch.cat([hidden, pixels], 1), flow, logit, out)
     return out if every else {k: v[-1] if isinstance(v, list) and v else v for k, v in out.items()}
 
 # %% ../../nbs/3_flow/02_raft.ipynb #c045
@@ -427,11 +457,12 @@ def draw_update(
     logit:Tensor,           # Coarse visibility logits `(B,1,h,w)`
     out:dict[str, list],    # Appended to: 'flow' in pixels, 'visible' as probability
 )->None:
-    "Upsample one update's flow and visibility (logits are averaged, then squashed)."
+    "Upsample one update's flow and visibility."
     block, P = net.update_block, net.patch
     out['flow'].append(convex_upsample(P*flow, .25*block.mask(hidden), P))
     if net.visibility:
-        out['visible'].append(convex_upsample(logit, .25*block.alpha_mask(hidden), P)[:, 0].sigmoid())
+        fine = convex_upsample(logit, .25*block.alpha_mask(hidden), P)
+        out['visible'].append(fine[:, 0].sigmoid())
 
 # %% ../../nbs/3_flow/02_raft.ipynb #c046
 def pair_flow(
@@ -441,12 +472,15 @@ def pair_flow(
     **refining,             # Passed to `refine`: flow, visible, detach, every
 )->dict[str, Tensor]:       # As `refine`
     "Flow and visibility from `source` to `target`."
-    check_frames(net, source); check_frames(net, target)
-    return refine(net, net.fnet(source), target_features(net, target), source_context(net, source), **refining)
+    for frame in (source, target): check_frames(net, frame)
+    f1, f2 = net.fnet(source), target_features(net, target)
+    return refine(net, f1, f2, source_context(net, source), **refining)
 
 # %% ../../nbs/3_flow/02_raft.ipynb #c048
-dot_estimator = partial(RAFT, strides=(2, 2, 2), updates=12, visibility=False, context_norm=nn.BatchNorm2d)
+dot_estimator = partial(
+    RAFT, strides=(2, 2, 2), updates=12, visibility=False, context_norm=nn.BatchNorm2d)
 dot_refiner = partial(RAFT)
-small_raft = partial(RAFT, widths=(24, 32, 56), context_widths=(16, 16, 24), strides=(2, 2, 1), dim=96, hidden=32,
-    context=16, levels=3, radius=3, motion=32, motion_widths=(48, 32, 24, 16), heads=32, masks=32, updates=3,
-    matching=True, attention=2, edges=True, visible_start=.9)
+small_raft = partial(
+    RAFT, widths=(24, 32, 56), context_widths=(16, 16, 24), strides=(2, 2, 1), dim=96, hidden=32,
+    context=16, levels=3, radius=3, motion=32, motion_widths=(48, 32, 24, 16), heads=32,
+    masks=32, updates=3, matching=True, attention=2, edges=True, visible_start=.9)
