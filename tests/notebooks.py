@@ -1,17 +1,19 @@
-"What the tests know about a notebook: where it stands, what it exports and imports, and how to run it by itself."
+"Notebooks as the tests see them: where they are, what they export and import, how one is run by itself."
 import ast, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT/'nbs'
-PROJECT = ('settings.ini', 'pyproject.toml', 'README.md', 'LICENSE', '_quarto.yml', 'nbs', 'flowloss_nb', 'tests')
+PROJECT = ('settings.ini', 'pyproject.toml', 'README.md', 'CHANGELOG.md', 'LICENSE', '_quarto.yml',
+           'nbs', 'flowloss_nb', 'tests')
 
 def notebooks() -> list[Path]:
     "Every notebook, in reading order: the first pages, the chapters, the experiments."
-    here = lambda p: p.relative_to(NBS).parts
-    found = [p for p in NBS.rglob('*.ipynb') if not any(part[0] in '._' for part in here(p)) and 'runs' not in here(p)]
-    return sorted(found, key=lambda p: (len(here(p)) > 1, here(p)[0] == 'experiments', p.stem != 'index', p))
+    def parts(p): return p.relative_to(NBS).parts
+    def ours(p): return 'runs' not in parts(p) and not any(part[0] in '._' for part in parts(p))
+    def place(p): return (len(parts(p)) > 1, parts(p)[0] == 'experiments', p.stem != 'index', p)
+    return sorted(filter(ours, NBS.rglob('*.ipynb')), key=place)
 
 def experiments() -> list[Path]:
     "The notebooks that are run with parameters."
@@ -22,7 +24,7 @@ def library() -> list[Path]:
     return [p for p in notebooks() if p not in experiments() and p.stem != 'index']
 
 def name(notebook: Path) -> str:
-    "How a notebook is called: its path below nbs/, without the suffix."
+    "A notebook's name: its path below nbs/, without the suffix."
     return notebook.relative_to(NBS).with_suffix('').as_posix()
 
 def cells(notebook: Path) -> list[dict]:
@@ -46,7 +48,7 @@ def module(notebook: Path) -> str | None:
     return found and found[1]
 
 def imported(text: str) -> set[str]:
-    "The modules of flowloss_nb that a piece of Python imports, as 'chapter.module', at top level or inside a function."
+    "The modules of flowloss_nb that a piece of Python imports anywhere, as 'chapter.module'."
     found = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import): found |= {a.name for a in node.names}
@@ -56,7 +58,7 @@ def imported(text: str) -> set[str]:
     return {'.'.join(m.split('.')[1:3]) for m in found if m.startswith('flowloss_nb.')}
 
 def left_out(folder: str, names: list[str]) -> set[str]:
-    "What a copy of the project does without: caches, and what runs have written."
+    "What a copy of the project leaves out: caches, and what runs have written."
     written = {'__pycache__', '.ipynb_checkpoints'} | ({'runs'} if 'experiments' in folder else set())
     return written & set(names)
 
@@ -69,12 +71,16 @@ def copy_project(folder: Path) -> Path:
     return folder
 
 def python(*args, folder: Path, seconds: float):
-    "Run Python in a copy of the project, which comes before the installed one; what it says on failure is the test's message."
-    temporary = folder/'tmp'; temporary.mkdir(exist_ok=True)
-    env = os.environ | dict(PYTHONPATH=str(folder), TMPDIR=str(temporary), MPLBACKEND='agg', OMP_NUM_THREADS='1')
-    try: done = subprocess.run([sys.executable, *map(str, args)], cwd=folder, env=env, timeout=seconds, capture_output=True, text=True)
+    "Run Python in a copy of the project (not the installed one); fail with the end of what it printed."
+    temporary = folder/'tmp'
+    temporary.mkdir(exist_ok=True)
+    env = os.environ | dict(PYTHONPATH=str(folder), TMPDIR=str(temporary),
+                            MPLBACKEND='agg', OMP_NUM_THREADS='1')
+    command = [sys.executable, *map(str, args)]
+    try: done = subprocess.run(command, cwd=folder, env=env, timeout=seconds, capture_output=True, text=True)
     except subprocess.TimeoutExpired: pytest.fail(f'not done after {seconds} s', pytrace=False)
-    if done.returncode: pytest.fail(f'exit {done.returncode}\n{(done.stdout + done.stderr)[-6000:]}', pytrace=False)
+    printed = (done.stdout + done.stderr)[-6000:]
+    if done.returncode: pytest.fail(f'exit {done.returncode}\n{printed}', pytrace=False)
 
 def run(notebook: str):
     "Run a notebook of the project in the current folder as `nbdev_test` does: directives and flags count."
