@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOTION_STEP', 'DEPTH_STEP', 'Camera', 'project', 'unproject', 'pixel_grid', 'rotation', 'carry', 'Geometry',
-           'exact_flow', 'to_planes', 'from_planes', 'to_counts', 'pack_truth', 'unpack_truth', 'encode_frames',
+           'rendered_flow', 'to_planes', 'from_planes', 'to_counts', 'pack_truth', 'unpack_truth', 'encode_frames',
            'decode_frames', 'data_folder', 'read_manifest', 'read_checked', 'load_clips', 'save_clip', 'read_clip',
            'load_folder']
 
@@ -23,7 +23,7 @@ class Camera(NamedTuple):
     "A camera that stands still."
     place:np.ndarray # (3,) in the world, metres
     axes:np.ndarray  # (3,3) rows right, down, forward; unit length
-    fovy:float       # Opening angle from top to bottom, radians
+    fovy:float       # Vertical field of view, radians
 
 # %% ../../nbs/2_data/01_metaworld.ipynb #c007
 def project(
@@ -76,24 +76,24 @@ def carry(
     part:np.ndarray,   # Part (...) each lies on: 0 stands still, k is the k-th mover
     motion:np.ndarray, # (K,7) quaternion and shift of each mover
 )->np.ndarray:         # World points (...,3) in frame t
-    "Points go where their parts go."
+    "Move points with the parts they lie on."
     still = np.array([[1., 0, 0, 0, 0, 0, 0]])
     motion = np.concatenate([still, motion])
     return np.einsum('...ij,...j->...i', rotation(motion[:, :4])[part], points) + motion[part, 4:]
 
 # %% ../../nbs/2_data/01_metaworld.ipynb #c019
 class Geometry(NamedTuple):
-    "All that the flow from frame 0 needs."
-    camera:Camera      # Where we look from
+    "Everything that determines the flow from frame 0."
+    camera:Camera      # The clip's camera
     motion:np.ndarray  # (T-1,K,7) quaternion and shift of each mover from frame 0 to t
     part:np.ndarray    # (H,W) 0 still, k on the k-th mover
     depth:np.ndarray   # (H,W) metres along the forward axis, where part > 0
 
 # %% ../../nbs/2_data/01_metaworld.ipynb #c020
-def exact_flow(
+def rendered_flow(
     geometry:Geometry, # Of one clip
 )->np.ndarray:         # (T-1,2,H,W) float32, pixels, frame 0 -> t, channel 0 = x
-    "The flow of every pixel of frame 0 to all later frames."
+    "The exact flow of every pixel of frame 0 to all later frames, from the scene's geometry."
     camera, motion, part, depth = geometry
     flow = np.zeros((len(motion), 2, *part.shape), np.float32)
     moves = part > 0
@@ -137,10 +137,11 @@ def pack_truth(
     "The exact flow of many clips in a few bytes."
     inverse = np.concatenate([1 / g.depth[g.part > 0] for g in geometries])
     motion = np.concatenate([g.motion.transpose(1, 2, 0).ravel() for g in geometries])
+    cameras = [[*c.place, *c.axes.ravel(), c.fovy] for c in (g.camera for g in geometries)]
     buffer = io.BytesIO()
-    np.savez(buffer, depth=to_planes(to_counts(inverse, DEPTH_STEP)), motion=to_planes(to_counts(motion, MOTION_STEP)),
-             movers=np.array([g.motion.shape[1] for g in geometries]),
-             camera=np.array([[*g.camera.place, *g.camera.axes.ravel(), g.camera.fovy] for g in geometries]),
+    np.savez(buffer, depth=to_planes(to_counts(inverse, DEPTH_STEP)),
+             motion=to_planes(to_counts(motion, MOTION_STEP)),
+             movers=np.array([g.motion.shape[1] for g in geometries]), camera=np.array(cameras),
              part=np.stack([g.part for g in geometries]), frames=visible.shape[1],
              visible=np.packbits(visible.transpose(0, 2, 3, 1), axis=-1))
     return lzma.compress(buffer.getvalue(), preset=9 | lzma.PRESET_EXTREME)
@@ -152,15 +153,18 @@ def unpack_truth(
     "Undo `pack_truth`."
     d = np.load(io.BytesIO(lzma.decompress(data)))
     n, part = int(d['frames']), d['part']
-    inverse = np.split(from_planes(d['depth'], np.int32) * DEPTH_STEP, (part > 0).sum((1, 2)).cumsum()[:-1])
-    motion = np.split(from_planes(d['motion'], np.int32) * MOTION_STEP, (d['movers'] * 7 * n).cumsum()[:-1])
+    def parts(name, step, counts):
+        return np.split(from_planes(d[name], np.int32) * step, counts.cumsum()[:-1])
+    inverse = parts('depth', DEPTH_STEP, (part > 0).sum((1, 2)))
+    motion = parts('motion', MOTION_STEP, d['movers'] * 7 * n)
     geometries = []
     for c, p, z, m in zip(d['camera'], part, inverse, motion):
         depth = np.full(p.shape, np.inf)
         depth[p > 0] = 1 / z
         camera = Camera(c[:3], c[3:12].reshape(3, 3), c[12])
         geometries.append(Geometry(camera, m.reshape(-1, 7, n).transpose(2, 0, 1), p, depth))
-    return geometries, np.unpackbits(d['visible'], axis=-1, count=n).astype(bool).transpose(0, 3, 1, 2)
+    visible = np.unpackbits(d['visible'], axis=-1, count=n).astype(bool)
+    return geometries, visible.transpose(0, 3, 1, 2)
 
 # %% ../../nbs/2_data/01_metaworld.ipynb #c035
 def encode_frames(
@@ -176,7 +180,8 @@ def encode_frames(
         stream = file.add_stream('libx264', rate=7, options=options)
         stream.height, stream.width, stream.pix_fmt = H, W, 'yuv444p'
         stream.codec_context.thread_count = 1
-        for f in frames.reshape(-1, H, W, 3): file.mux(stream.encode(av.VideoFrame.from_ndarray(f, 'rgb24')))
+        for f in frames.reshape(-1, H, W, 3):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(f, 'rgb24')))
         file.mux(stream.encode())
     return buffer.getvalue()
 
@@ -188,71 +193,80 @@ def decode_frames(
     "All clips of one video."
     to_rgb = VideoReformatter()
     with av.open(io.BytesIO(data)) as file:
-        rgb = np.stack([to_rgb.reformat(f, format='rgb24').to_ndarray() for f in file.decode(video=0)])
-    if len(rgb) % frames: raise ValueError(f'{len(rgb)} frames are no whole number of {frames}-frame clips')
+        pictures = (to_rgb.reformat(f, format='rgb24') for f in file.decode(video=0))
+        rgb = np.stack([p.to_ndarray() for p in pictures])
+    if len(rgb) % frames:
+        raise ValueError(f'{len(rgb)} frames are no whole number of {frames}-frame clips')
     return rgb.reshape(-1, frames, *rgb.shape[1:])
 
 # %% ../../nbs/2_data/01_metaworld.ipynb #c040
-def data_folder()->Path: # Where the embedded clips lie
+def data_folder()->Path: # Folder of the embedded clips
     "The package's own data."
     return PACKAGE/'assets/clips'
 
 def read_manifest(
-    folder:str|Path|None=None, # Where the clips lie; default: in the package
-)->dict:                       # What is there
+    folder:str|Path|None=None, # Folder of the clips; default: in the package
+)->dict:                       # Contents of `manifest.json`
     "Presets, splits, prompts and checksums."
     path = Path(folder or data_folder()) / 'manifest.json'
     if not path.is_file():
-        raise FileNotFoundError(f'no embedded clips at {path.parent} (manifest.json is missing): reinstall the '
-                                'package, or make them with flowloss_nb.simulator.generator')
+        raise FileNotFoundError(f'no embedded clips at {path.parent} (manifest.json is missing): '
+                                'reinstall the package, or make them with simulator.generator')
     try: return json.loads(path.read_text())
-    except ValueError as e: raise ValueError(f'{path} is damaged ({e}): restore it with `git checkout -- {path.name}` there, or reinstall the package') from None
+    except ValueError as e:
+        advice = f'restore it with `git checkout -- {path.name}` there, or reinstall the package'
+        raise ValueError(f'{path} is damaged ({e}): {advice}') from None
 
 # %% ../../nbs/2_data/01_metaworld.ipynb #c041
 def read_checked(
     path:str|Path, # The file
-    sha256:str,    # What its checksum must be
+    sha256:str,    # Its expected checksum
 )->bytes:          # Its contents
-    "Contents of a data file, refused when damaged."
+    "Contents of a data file, refused if damaged."
     path = Path(path)
-    advice = f'restore it with `git checkout -- {path.name}` in {path.parent}, or reinstall the package'
+    advice = (f'restore it with `git checkout -- {path.name}` in {path.parent}, '
+              'or reinstall the package')
     if not path.is_file(): raise FileNotFoundError(f'embedded clips: {path} is missing; {advice}')
     data = path.read_bytes()
-    if (found := hashlib.sha256(data).hexdigest()) != sha256:
-        raise ValueError(f'embedded clips: {path} is damaged (SHA-256 {found[:12]}…, expected {sha256[:12]}…); {advice}')
+    actual = hashlib.sha256(data).hexdigest()
+    if actual != sha256:
+        raise ValueError(f'embedded clips: {path} is damaged '
+                         f'(SHA-256 {actual[:12]}…, expected {sha256[:12]}…); {advice}')
     return data
 
 # %% ../../nbs/2_data/01_metaworld.ipynb #c043
 def load_clips(
     split:str,                 # 'train', 'validation' or 'test'
     preset:str='varied',       # 'varied' (50 tasks, any camera) or 'fixed' (few tasks, one camera)
-    folder:str|Path|None=None, # Where the clips lie; default: in the package
+    folder:str|Path|None=None, # Folder of the clips; default: in the package
 )->ClipSet:                    # Clips with exact flow and visibility
     "The embedded clips of one split."
     presets, folder = read_manifest(folder)['presets'], Path(folder or data_folder())
     if preset not in presets: raise ValueError(f'no preset {preset!r}, there are {sorted(presets)}')
     splits = presets[preset]['splits']
-    if split not in splits: raise ValueError(f'no split {split!r} in preset {preset!r}, there are {list(splits)}')
+    if split not in splits:
+        raise ValueError(f'no split {split!r} in preset {preset!r}, there are {list(splits)}')
     s = splits[split]
     read = {k: read_checked(folder/v['name'], v['sha256']) for k, v in s['files'].items()}
     frames = decode_frames(read['video'], presets[preset]['frames'])
     geometries, visible = unpack_truth(read['truth'])
-    def truth(i): return dict(flow=exact_flow(geometries[i]), visible=visible[i])
+    def truth(i): return dict(flow=rendered_flow(geometries[i]), visible=visible[i])
     return ClipSet(frames, s['prompts'], s['ids'], truth)
 
 # %% ../../nbs/2_data/01_metaworld.ipynb #c051
 def save_clip(
     path:str|Path,       # File to make, .npz
     frames:np.ndarray,   # uint8 (T,H,W,3)
-    prompt:str,          # What the robot is asked to do
-    geometry:Geometry,   # Makes the flow
+    prompt:str,          # The task in words
+    geometry:Geometry,   # Determines the flow
     visible:np.ndarray,  # (T-1,H,W) bool
 ):
-    "One clip with its truth as a file."
+    "Save one clip with its truth."
     cam, motion, part, depth = geometry
     with atomic_path(path) as temp:
-        np.savez_compressed(temp, frames=frames, prompt=prompt, motion=motion, part=part, depth=depth.astype(np.float32),
-                            visible=visible, place=cam.place, axes=cam.axes, fovy=cam.fovy)
+        np.savez_compressed(temp, frames=frames, prompt=prompt, motion=motion, part=part,
+                            depth=depth.astype(np.float32), visible=visible,
+                            place=cam.place, axes=cam.axes, fovy=cam.fovy)
 
 # %% ../../nbs/2_data/01_metaworld.ipynb #c052
 def read_clip(
@@ -261,7 +275,8 @@ def read_clip(
     "Undo `save_clip`."
     with np.load(path) as d:
         camera = Camera(d['place'], d['axes'], float(d['fovy']))
-        return d['frames'], str(d['prompt']), Geometry(camera, d['motion'], d['part'], d['depth']), d['visible']
+        geometry = Geometry(camera, d['motion'], d['part'], d['depth'])
+        return d['frames'], str(d['prompt']), geometry, d['visible']
 
 # %% ../../nbs/2_data/01_metaworld.ipynb #c053
 def load_folder(
@@ -269,9 +284,13 @@ def load_folder(
     pattern:str='*.npz',# Which of them
 )->ClipSet:             # Clips with exact flow and visibility, in the order of their names
     "All clips of a folder."
-    paths = sorted(p for p in Path(folder).glob(pattern) if p.name[0] != '.')     # a killed process may have left a hidden half
-    if not paths: raise FileNotFoundError(f'no clips {pattern} in {folder}: make some with simulator.make_clips')
+    # a killed process may have left a hidden, unfinished file
+    paths = sorted(p for p in Path(folder).glob(pattern) if p.name[0] != '.')
+    if not paths:
+        raise FileNotFoundError(f'no clips {pattern} in {folder}: '
+                                'make some with simulator.generator.make_clips')
     frames, prompts, geometries, visible = zip(*map(read_clip, paths))
-    if len(shapes := {f.shape for f in frames}) > 1: raise ValueError(f'clips in {folder} differ in shape: {sorted(shapes)}')
-    def truth(i): return dict(flow=exact_flow(geometries[i]), visible=visible[i])
+    if len(shapes := {f.shape for f in frames}) > 1:
+        raise ValueError(f'clips in {folder} differ in shape: {sorted(shapes)}')
+    def truth(i): return dict(flow=rendered_flow(geometries[i]), visible=visible[i])
     return ClipSet(np.stack(frames), list(prompts), [p.stem for p in paths], truth)

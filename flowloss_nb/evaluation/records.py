@@ -167,7 +167,7 @@ def average_flops(
     def count(sigma):
         fixed = replace(params, P_mean=math.log(sigma), P_std=0.)
         losses = lambda: step_losses(denoiser, codec, objective, batch, fixed, 1, range(1))[0]
-        return cost(lambda: losses()['loss'])['flops']
+        return cost(lambda: losses().loss)['flops']
     share = share_below(psi, params.P_mean, params.P_std)
     inside, outside = min(psi/2, 1.), 2*psi or 1.
     return (share and share*count(inside)) + (1 - share and (1 - share)*count(outside))

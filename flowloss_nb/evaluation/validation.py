@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['fixed_noise', 'first_noise', 'denoise_clips', 'sample_clips', 'save_samples', 'keep_clips', 'kept_clips', 'measure',
-           'place', 'make_validation']
+           'place', 'make_validation', 'judge_clips']
 
 # %% ../../nbs/6_evaluation/04_validation.ipynb #c003
 from collections.abc import Callable, Iterable
@@ -25,8 +25,8 @@ from .metrics import clip_measures, copy_first, summarise
 def fixed_noise(
     like:Tensor,      # Latents (B,T,C,h,w)
     names:list[str],  # Names of the clips, B of them
-    seed:int=0,       # Another seed, other noise
-    what:str='noise', # What for; another word, other noise
+    seed:int=0,       # Another seed gives other noise
+    what:str='noise', # Purpose; another word gives other noise
 )->Tensor:            # Unit noise like `like`
     "Noise of these clips: the same at every call and on every device."
     gens = [stream(seed, 0, f'{what} {name}') for name in names]
@@ -38,7 +38,7 @@ def first_noise(
     batch:dict,         # True clips
     seed:int=0,         # Seed of the noise
 )->Tensor:              # Like frames 0 `(B,3,H,W)`; zeros for most models
-    "The noise that this denoiser wants to see on frame 0."
+    "The noise that this denoiser expects on frame 0."
     first, aug = batch['video'][:, 0], denoiser.noise_aug
     return aug*fixed_noise(first, batch['id'], seed, 'first') if aug else torch.zeros_like(first)
 
@@ -50,7 +50,7 @@ def denoise_clips(
     batch:dict,             # True clips
     sigma:float,            # Noise level, in latent units
     seed:int=0,             # Seed of the noise
-)->dict[str, Tensor]:       # 'y_hat', denoised clips (B,T,3,H,W); what they came from: 'sigma' (B,), latents 'z', 'x' = z + σn, 'z_hat'
+)->dict[str, Tensor]:       # 'y_hat' (B,T,3,H,W); 'sigma' (B,), 'z', 'x' = z + σn and 'z_hat'
     "Put noise of level σ on clips, and denoise them in one evaluation."
     z, first = codec.encode(batch['video']), batch['video'][:, 0]
     level = torch.full((len(z),), float(sigma)).to(full_precision(z))
@@ -65,21 +65,23 @@ def denoise_clips(
 def sample_clips(
     denoiser:nn.Module,  # x, σ, cond → ẑ
     codec:nn.Module,     # Pixels ↔ latents
-    batch:dict,          # Frames 0 and prompts; no later frame is looked at
+    batch:dict,          # Frames 0 and prompts; later frames are not used
     steps:int=10,        # Sampling steps
     seed:int=0,          # Seed of the noise
     order:int=2,         # 2: Heun, 1: Euler
     guidance:float=1.,   # Classifier-free guidance, 1: none
 )->Tensor:               # Sampled clips (B,T,3,H,W)
     "Draw clips from fixed noise, given frame 0 and the prompt."
-    from flowloss_nb.diffusion.denoiser import generate # here, since diffusers takes seconds to import
-    like = codec.encode(batch['video'][:, :1].expand_as(batch['video'])) # only its shape
+    from flowloss_nb.diffusion.denoiser import generate # here: diffusers takes seconds to import
+    first = batch['video'][:, 0]
+    like = codec.encode(first[:, None].expand_as(batch['video'])) # only its shape
     noise = fixed_noise(like, batch['id'], seed, 'sample')
-    return generate(denoiser, codec, batch['prompt'], batch['video'][:, 0], noise, steps, order, guidance, first_noise(denoiser, batch, seed))
+    return generate(denoiser, codec, batch['prompt'], first, noise, steps, order, guidance,
+                    first_noise(denoiser, batch, seed))
 
 # %% ../../nbs/6_evaluation/04_validation.ipynb #c018
 def save_samples(
-    folder:Path,     # Where to; made if missing
+    folder:Path,     # Output folder; made if missing
     y_hat:Tensor,    # Sampled clips (B,T,3,H,W)
     batch:dict,      # True clips
     sheet:int=4,     # Clips on the contact sheet
@@ -88,7 +90,8 @@ def save_samples(
     folder, y, y_hat = Path(folder), batch['video'].cpu(), y_hat.cpu()
     for name, true, drawn in zip(batch['id'], y, y_hat, strict=True):
         write_video(folder/file_name(name, '.mp4'), torch.cat([true, drawn], -1))
-    titles = [f'{prompt} · {who}' for prompt in batch['prompt'][:sheet] for who in ('true', 'sampled')]
+    titles = [f'{prompt} · {kind}' for prompt in batch['prompt'][:sheet]
+              for kind in ('true', 'sampled')]
     fig = contact_sheet([v for pair in zip(y[:sheet], y_hat) for v in pair], titles)
     with atomic_path(folder/'sheet.png') as path: fig.savefig(path)
     plt.close(fig)
@@ -99,14 +102,15 @@ def keep_clips(
     path:Path,              # A safetensors file
     clips:list[Tensor],     # Batches (B,T,3,H,W) in [-1,1]
 )->Path:                    # The file
-    "Keep clips as bytes; never half a file."
-    with atomic_path(path) as part: save_file({'video': to_uint8(torch.cat(clips)).cpu().contiguous()}, part)
+    "Save clips as bytes; never half a file."
+    video = to_uint8(torch.cat(clips)).cpu().contiguous()
+    with atomic_path(path) as part: save_file({'video': video}, part)
     return Path(path)
 
 def kept_clips(
     path:Path,      # Written by `keep_clips`
 )->Tensor:          # (B,T,3,H,W) in [-1,1]
-    "Clips that were kept."
+    "Load the clips that `keep_clips` saved."
     return to_float(read_tensors(path)['video'])
 
 # %% ../../nbs/6_evaluation/04_validation.ipynb #c022
@@ -116,19 +120,19 @@ def measure(
     name:str,                # What is measured
     estimator:Callable|None=None, # F for `flow_error`
     judge:Callable|None=None, # F′ for the motion error
-    known:list|None=None,    # F(y) of each batch, if there already
+    known:list|None=None,    # F(y) of each batch, if already computed
 )->dict[str, float]:         # 'name/measure' → mean over all clips
     "Means of every measure over several batches, as flat numbers for a log."
     known = known or [None]*len(batches)
     each = zip(drawn, batches, known, strict=True)
-    told = [clip_measures(y_hat, b, estimator, judge, f) for y_hat, b, f in each]
-    merged = {k: torch.cat([t[k] for t in told]) for k in told[0]}
+    parts = [clip_measures(y_hat, b, estimator, judge, f) for y_hat, b, f in each]
+    merged = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
     return {f'{name}/{k}': v['mean'] for k, v in summarise(merged).items()}
 
 # %% ../../nbs/6_evaluation/04_validation.ipynb #c025
 def place(
     batches:list[dict], # Changed in place
-    device:str,         # Where their tensors shall live
+    device:str,         # Destination of their tensors
 ):
     "Move batches to a device."
     for b in batches: b.update({k: v.to(device) for k, v in b.items() if isinstance(v, Tensor)})
@@ -145,10 +149,10 @@ def make_validation(
     steps:int=10,               # Heun steps of a sample; 0: no samples
     seed:int=0,                 # Seed of all noise
     size:int=8,                 # Clips in one batch
-    keep:bool=False,            # Also keep all drawn clips, byte for byte, for distances between sets
+    keep:bool=False,            # Also save all samples, byte for byte, for distances between sets
 )->Callable:                    # averaged denoiser, step → dict of numbers
     "A function that measures a denoiser on fixed clips under fixed noise."
-    if not len(indices): raise ValueError('validation takes at least one clip, got no indices')
+    if not len(indices): raise ValueError('validation needs at least one clip, got no indices')
     batches = [take(clips, indices[i:i + size]) for i in range(0, len(indices), size)]
     known, basis = [], {}
     def judged(drawn, name): return measure(drawn, batches, name, estimator, judge, known)
@@ -157,9 +161,12 @@ def make_validation(
         if estimator and not known: known.extend(estimator(b['video']) for b in batches)
         if not basis:
             floor = judged([b['video'] for b in batches], 'floor')
-            basis.update(judged(map(copy_first, batches), 'copy') | {k: v for k, v in floor.items() if 'epe' in k})
+            basis.update(judged(map(copy_first, batches), 'copy'))
+            basis.update({k: v for k, v in floor.items() if 'epe' in k})
         out = dict(basis)
-        for s in sigmas: out |= judged([denoise_clips(denoiser, codec, b, s, seed)['y_hat'] for b in batches], f'denoise/{s:g}')
+        for s in sigmas:
+            denoised = [denoise_clips(denoiser, codec, b, s, seed)['y_hat'] for b in batches]
+            out |= judged(denoised, f'denoise/{s:g}')
         if not steps: return out
         drawn = [sample_clips(denoiser, codec, b, steps, seed) for b in batches]
         folder = run_dir and Path(run_dir)/'samples'/f'step_{step:07d}'
@@ -167,3 +174,35 @@ def make_validation(
         if folder and keep: keep_clips(folder/'drawn.safetensors', drawn)
         return out | judged(drawn, 'sample')
     return torch.no_grad()(validate)
+
+# %% ../../nbs/6_evaluation/04_validation.ipynb #b500000a
+@torch.no_grad()
+def judge_clips(
+    denoiser:nn.Module,             # Averaged weights
+    codec:nn.Module,                # Pixels ↔ latents
+    estimator:Callable,             # F for `flow_error`
+    judge:Callable|None,            # F′ for the motion error; None: `estimator`
+    clips:Dataset,                  # True clips; motion is measured where their exact flow is known
+    indices:list[int],              # Which clips
+    sigmas:tuple=(.2, .5, 1., 2.),  # Noise levels, in latent units
+    steps:int=10,                   # Heun steps of a sample
+    seed:int=0,                     # Of the noise
+    size:int=8,                     # Clips at a time
+    reference:bool=True,            # Also 'copy' and 'floor', the same for every denoiser
+    keep:Path|None=None,            # File for the samples, byte for byte
+)->dict[str, list[float]]:          # 'what/measure' → a value per clip; NaN where it is undefined
+    "Every measure of every clip: copying frame 0, the floor, sampled, denoised."
+    out, samples, device = {}, [], next(denoiser.parameters()).device
+    for i in range(0, len(indices), size):
+        b = take(clips, indices[i:i + size], device)
+        drawn = {'copy': copy_first(b), 'floor': b['video']} if reference else {}
+        drawn['sample'] = sample_clips(denoiser, codec, b, steps, seed)
+        for s in sigmas:
+            drawn[f'denoise/{s:g}'] = denoise_clips(denoiser, codec, b, s, seed)['y_hat']
+        known = estimator(b['video'])
+        for name, y_hat in drawn.items():
+            for k, v in clip_measures(y_hat, b, estimator, judge, known).items():
+                out.setdefault(f'{name}/{k}', []).extend(v.double().tolist())
+        samples.append(drawn['sample'])
+    if keep: keep_clips(keep, samples)
+    return out

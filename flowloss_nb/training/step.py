@@ -16,7 +16,7 @@ import torch
 from torch import Generator, Tensor, nn
 from ..basics.clips import full_precision
 from ..basics.values import fit
-from ..diffusion.edm import expand, sample_sigma
+from ..diffusion.edm import per_clip, sample_sigma, split_output
 from .losses import Denoised, Losses
 
 # %% ../../nbs/5_training/02_step.ipynb #c006
@@ -218,8 +218,7 @@ def step_losses(
     noise = draw_noise(p, step, where, z.shape[1:]).to(full_precision(z))
     drop = draw_drop(p, step, where).to(z.device)
     cond = core.condition(batch['prompt'], video[:, 0], first, drop)
-    out = denoiser((z + expand(sigma, z)*noise).to(z), sigma, cond)
-    z_hat, further = out if isinstance(out, tuple) else (out, {})
+    z_hat, further = split_output(denoiser((z + per_clip(sigma, z)*noise).to(z), sigma, cond))
     generator = objective_stream(p, step, where, z.shape[1])
     return objective(Denoised(z_hat, z, sigma, batch, generator, further)), sigma
 
