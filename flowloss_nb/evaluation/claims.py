@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['agreement', 'certainty', 'compare_with', 'Claim', 'claim_rows', 'stretch', 'listing', 'counted', 'claim_steadier',
-           'claim_distance', 'claim_flow_loss', 'claim_denoised', 'no_advantage', 'split_words', 'claim_convergence',
+           'claim_distance', 'claim_flow_loss', 'claim_denoised', 'no_advantage', 'verdict_words', 'claim_convergence',
            'claim_average', 'training_claims', 'claim_cost', 'claim_noise', 'claim_places', 'claim_gate', 'claim_scale']
 
 # %% ../../nbs/6_evaluation/09_claims.ipynb #80aa0004
@@ -185,7 +185,7 @@ def no_advantage(
     consistent = 'worse' not in found and 2*found.count('better') > len(found)
     return 'disagree' if consistent else 'agree'
 
-def split_words(
+def verdict_words(
     found:dict[str, str],   # Key → verdict
 )->str:
     "By which measures a strategy is better, by which worse."
@@ -207,7 +207,7 @@ def claim_convergence(
     levels = last_levels(by, moves, base)
     falling, course = still_falling(levels), ''
     if falling: course = f'; still falling ({MEASURES[moves].label} of {base}: {arrows(levels)})'
-    measured = f'test split after {steps[-1]} steps{course}, w_ψ: {split_words(found)}'
+    measured = f'test split after {steps[-1]} steps{course}, w_ψ: {verdict_words(found)}'
     agree = no_advantage(list(found.values()), falling)
     if '–' in found.values():
         measured, agree = 'no interval', agreement(next(iter(results.values())), 1)

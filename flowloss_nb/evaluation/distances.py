@@ -221,7 +221,8 @@ def load_lpips(
         net = LPIPS(net='alex', pnet_rand=True, verbose=False)
     # LPIPS cuts the trunk into slices
     names = {'features.' + k.split('.', 1)[1]: k for k in net.net.state_dict()}
-    trunk = {names.get(k, k): v for k, v in read_official(path).items() if k.startswith('features.')}
+    official = read_official(path)
+    trunk = {names.get(k, k): v for k, v in official.items() if k.startswith('features.')}
     fit_state(net.net, trunk, str(path))
     return net.eval().requires_grad_(False)
 

@@ -129,7 +129,7 @@ def read_run(
     log = read_log(run_dir) if (run_dir/'log.jsonl').exists() else []
     last = (read('versions.json', list) or [None])[-1]
     metrics = read('metrics.json')
-    return {'name': run_dir.name, 'params': params, 'versions': last, 'metrics': metrics, 'log': log}
+    return dict(name=run_dir.name, params=params, versions=last, metrics=metrics, log=log)
 
 # %% ../../nbs/7_runs/01_runs.ipynb #c030
 def find_notebook(

@@ -492,7 +492,7 @@ def interleave(
     codec:nn.Module,            # Frozen: pixels ↔ latents
     clips:Dataset,              # Clips to train on
     steps:int,                  # Steps of each arm
-)->dict[str, list[dict]]:       # Name → log lines, with 'seconds' and 'open_clips' (σ < 1: the default gate)
+)->dict[str, list[dict]]:       # Name → log lines, with 'seconds' and 'open_clips' (σ < 1)
     "Train several arms side by side, a step of each in turn."
     accelerator, lines = make_accelerator(params), {name: [] for name in arms}
     ready = {name: (begin(params, Path('/nonexistent'), denoiser, accelerator),
