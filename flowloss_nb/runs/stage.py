@@ -160,11 +160,13 @@ def svd_stage(
 )->Stage:
     "The stage of Stable Video Diffusion."
     device = torch.device(device) if device else run_device()
-    codec, F = load_svd_codec(svd, reach=reach, given=given).to(device), estimator.to(device)
-    if known: clips = clips | {'train': KnownClips(clips['train'], known, F if truth else None,
-                                                   codec, anchored, device)}
-    return Stage(**{split: clips[split] for split in SPLITS}, codec=codec, estimator=F, judge=None,
-                 device=device)
+    codec = load_svd_codec(svd, reach=reach, given=given).to(device)
+    asked = estimator.to(device) if truth else None
+    if known:
+        train = KnownClips(clips['train'], known, asked, codec, anchored, device)
+        clips = clips | {'train': train}
+    return Stage(**{split: clips[split] for split in SPLITS}, codec=codec, estimator=estimator,
+                 judge=None, device=device)
 
 # %% ../../nbs/7_runs/03_stage.ipynb #a7e30001
 class Settings(NamedTuple):
