@@ -11,7 +11,7 @@ from pretend import GPU, pretended_gpu, there
 
 SMALL = {   # as little as shows every line
     'train': dict(steps=1, objective='flow', clips=2, validate_every=1, sample_steps=1, test_clips=1),
-    'compare': dict(steps=1, batch_size=1, clips=1, draws=1, calibrate_after=1, validate_every=1, sample_steps=1, test_clips=1, psi=100.),
+    'compare': dict(steps=2, batch_size=1, clips=1, draws=1, validate_every=2, sample_steps=1, test_clips=1, psi=100.),
     'strategy': dict(steps=1, batch_size=1, clips=1, validate_at=[1], validate_clips=1, test_clips=1, sample_steps=1, psi=100., distances=True),
     'train_bridge': dict(steps=1, sample_steps=1, psi=100.),
     'train_codec': dict(steps=1, batch_size=1, clips=2, test_clips=1),
