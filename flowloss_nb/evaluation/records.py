@@ -9,7 +9,7 @@ __all__ = ['MEASURES', 'OFFICIAL', 'TRAINING', 'RECORD', 'EARLIER', 'NEEDED', 'r
            'read_sweep', 'recorded_sweep', 'still_sets', 'still_record', 'hundreds', 'keep_clip_files', 'record_sweep']
 
 # %% ../../nbs/6_evaluation/06_records.ipynb #60aa0004
-import json, math, shutil
+import math, shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path

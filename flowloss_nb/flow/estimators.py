@@ -11,7 +11,6 @@ __all__ = ['WEIGHTS', 'TORCHVISION', 'Estimator', 'check_estimator', 'RaftEstima
 # %% ../../nbs/3_flow/07_estimators.ipynb #c003
 import hashlib, json
 from pathlib import Path
-from collections.abc import Callable
 from typing import Protocol
 import torch
 from torch import Tensor, nn
