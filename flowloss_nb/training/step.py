@@ -32,11 +32,7 @@ class TrainParams:
     weight_decay:float = 0.01  # AdamW's decoupled decay
     beta1:float = 0.9          # AdamW's memory of the gradient
     beta2:float = 0.99         # AdamW's memory of its square; short, since runs here are short
-<<<<<<< HEAD
     clip_norm:float = 1.       # Largest gradient norm; longer ones are scaled to it; inf: none
-=======
-    clip_norm:float = 1.       # Largest gradient norm; longer ones are scaled down to it; inf: none
->>>>>>> w1
     ema:float = 0.999          # Decay of the running average of the weights, once warm
     P_mean:float = 0.5         # Mean of ln σ
     P_std:float = 1.4          # Standard deviation of ln σ
