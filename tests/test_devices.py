@@ -36,7 +36,7 @@ DATA = {'prepare_bridge', 'bench_prepare'}
 # what DOT's gradient costs a CPU
 ON_CPU = {'bench_estimators'}
 # both stay on the CPU; the cells that follow compare gradients, and counts, which are not taken here
-UNTIL = dict(plan_scale='def pull(', full_size_step='took = {')
+UNTIL = dict(plan_scale='def gradient(', full_size_step='def total(')
 
 def test_every_experiment_is_here():
     assert {n.stem for n in experiments()} == {*SMALL} | RECORDS | DATA | ON_CPU
