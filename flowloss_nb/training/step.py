@@ -67,7 +67,7 @@ def check_params(
     p:TrainParams,   # What to check
     processes:int=1, # Processes that share the batch
 ):
-    "Refuse parameters that make no sense."
+    "Raise an error for invalid parameters."
     def need(good, message):
         if not good: raise ValueError(f'TrainParams: {message}')
     def must(rule, good, *names):
@@ -98,7 +98,7 @@ def stream(
     name:str,    # What is drawn: 'sigma', 'noise', 'drop', ...
     place:int=0, # Place in the global batch
 )->Generator:    # Fresh CPU generator
-    "The generator of one random thing: a pure function of its arguments."
+    "The generator of one random quantity: a pure function of its arguments."
     key = f'{seed} {step} {name} {place}'.encode()
     return Generator().manual_seed(int.from_bytes(blake2b(key, digest_size=8).digest()) >> 1)
 
@@ -108,7 +108,7 @@ def places(
     rank:int=0,      # Number of this process
     processes:int=1, # Processes in all
 )->list[range]:      # Places in the global batch, one range per piece
-    "What this process works on."
+    "The places that this process handles, by piece."
     size, first = p.batch_size // (processes*p.accumulate), rank*p.accumulate
     return [range(i*size, (i+1)*size) for i in range(first, first + p.accumulate)]
 

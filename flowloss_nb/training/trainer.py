@@ -50,7 +50,7 @@ class TrainState:
     optimizer:torch.optim.Optimizer # AdamW with its moments
     step:int = 0                 # Steps done
     skipped:int = 0              # Steps skipped because something wasn't finite
-    in_a_row:int = 0             # How many of them just now, in a row
+    in_a_row:int = 0             # How many of them in a row, up to now
     last_finite:int = 0          # The last step whose loss and gradient were finite
     last_loss:float = 0.         # Its loss
     compute_seconds:float = 0.   # Time of steps, without validation, saving and gradient ratios
@@ -113,7 +113,7 @@ def check_fits(
     tensors:dict,     # What it holds
     counters:dict,    # Its plain numbers
 ):
-    "Refuse a checkpoint of another kind of run, naming the difference."
+    "Raise an error for a checkpoint of another kind of run; it names the difference."
     def need(good, what):
         if not good: raise ValueError(f'checkpoint {path} {what}')
     unknown = {k for k in counters if not k.startswith('scaler_')} - {*state.counters()}
@@ -197,7 +197,7 @@ class Job:
         device = self.accelerator.device
         place_modules(device, self.codec, self.objective, self.augment, self.losses)
     def places(self):
-        "What this process works on."
+        "The places that this process handles, by piece."
         a = self.accelerator
         return places(self.params, a.process_index, a.num_processes)
 
@@ -206,7 +206,7 @@ def without_stale(
     before:dict,    # A batch
     after:dict,     # The same batch, augmented
 )->dict:            # `after`, less what was known of the clips as they were
-    "Drop what augmentation left as it was though it changed the clips: F(y), its tracks, latents."
+    "Drop cached values (F(y), its tracks, latents) that augmentation didn't change with the clips."
     old, new = before['video'], after['video']
     if new is old or torch.equal(new, old): return after
     return {k: v for k, v in after.items() if k not in KNOWN or v is not before.get(k)}
@@ -302,7 +302,7 @@ def own_run(
     about:dict,   # Other plain values that make the run what it is
     free:tuple=FREE, # Names of parameters that may change when it is resumed
 ):
-    "Hold the run's folder while training, and its parameters for good."
+    "Lock the run's folder while training; store its parameters, or compare them."
     first = job.accelerator.is_main_process
     with lock_run(run_dir) if first else nullcontext():
         if first:
@@ -374,7 +374,7 @@ UNSET = ('', '0', 'no', 'n', 'f', 'false', 'off', 'none')
 def check_environment(
     p:TrainParams, # What the run is to be
 ):
-    "Refuse an environment that makes another run of it; warn of ignored variables."
+    "Raise an error if the environment would change the run; warn of ignored variables."
     device = run_device(p.cpu).type
     values = {k: v.lower() for k, v in os.environ.items() if k.startswith('ACCELERATE_')}
     given = {k.removeprefix('ACCELERATE_'): v for k, v in values.items() if v not in UNSET}
