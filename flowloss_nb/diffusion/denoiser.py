@@ -23,7 +23,7 @@ from .edm import denoise, guide, hold_first, sample, sigma_schedule
 # %% ../../nbs/4_diffusion/05_denoiser.ipynb #7d1e0e02
 @runtime_checkable
 class DenoiserLike(Protocol):
-    "What a denoiser must offer; `Denoiser` does."
+    "What a denoiser must provide; `Denoiser` does."
     noise_aug:float             # Standard deviation of noise on frame 0, in [-1,1] units; 0: clean
     sigma_range:tuple|list      # Smallest and largest σ of sampling
     def condition(self,
@@ -82,7 +82,7 @@ def modulated(
 def running(
     forwards:dict[nn.Module, Callable], # What each module runs meanwhile
 ):
-    "Replace the forward of modules for a while."
+    "Replace the forward of modules within a `with` block."
     for module, forward in forwards.items(): module.forward = forward
     try: yield
     finally:

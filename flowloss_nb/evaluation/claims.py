@@ -23,7 +23,7 @@ def agreement(
     better:int,             # 1: more is better, -1: less is better
     claimed:str='better',   # What `verdict` should be
 )->str:                     # 'agree', 'disagree', 'not shown', …, or why there is no difference
-    "Does an interval bear a claim out?"
+    "Does an interval support a claim?"
     if 'difference' not in result: return difference_words(result)
     if 'low' not in result: return 'one seed only'
     found = verdict(result, better)
@@ -35,7 +35,7 @@ def agreement(
 def certainty(
     *results:dict,  # From `over_seeds` or `compare_with`
 )->str:
-    "What a statement rests on."
+    "The number of pairs that a statement is based on."
     n = max((r.get('pairs', 0) for r in results), default=0)
     return f'interval over {n} pairs of runs' if n > 1 else 'one pair of runs' if n else '–'
 
@@ -58,7 +58,7 @@ class Claim(NamedTuple):
     says:str        # What the paper says, and where
     measured:str    # What was measured
     agree:str       # Whether they agree
-    certainty:str   # What that rests on
+    certainty:str   # What that is based on
 
 def claim_rows(
     claims:list[Claim], # In the order of the table

@@ -22,7 +22,7 @@ from .records import (
 # %% ../../nbs/6_evaluation/07_comparison.ipynb #ffd1cb34
 NAMES = {'recon': 'recon only', 'flow': 'w_ψ', 'ungated': 'w', 'average_ss': 'w_ss',
          'average_ls': 'w_ls', 'motion': 'motion weighting', 'warp': 'warping'}
-COPY = 'copy frame 0'   # The clip in which nothing happens: what no trained model may lose to
+COPY = 'copy frame 0'   # The motionless clip, which every trained model should beat
 
 # %% ../../nbs/6_evaluation/07_comparison.ipynb #14ee80af
 def arm_name(
@@ -51,7 +51,7 @@ def check_alike(
     runs:list[dict],    # Records
     own:tuple=(),       # Conditions that may differ
 ):
-    "Refuse runs whose numbers don't compare."
+    "Raise an error for runs whose numbers aren't comparable."
     each = [(conditions(r), r['folder']) for r in runs]
     for key in sorted({k for c, _ in each for k in c} - set(own), key=str):
         values = {str(c.get(key)): folder for c, folder in each if key in c or isinstance(key, str)}
@@ -112,7 +112,7 @@ def verdict(
     result:dict,            # From `over_seeds`
     better:int,             # 1: more is better, -1: less is better
 )->str:                     # 'better', 'worse', 'no difference shown', or '–' without an interval
-    "What an interval allows one to conclude."
+    "The conclusion that an interval allows."
     if 'low' not in result: return '–'
     if result['low'] <= 0 <= result['high']: return 'no difference shown'
     return 'better' if result['difference']*better > 0 else 'worse'
@@ -250,7 +250,7 @@ def floor_row(
     by:dict,        # From `arms` or `with_copy`
     denoised:bool,  # The table of denoised clips, or that of samples
 )->dict:            # A row like those of `strategy_rows`
-    "What the true clips themselves get."
+    "The measures of the true clips themselves."
     test = next(iter(next(iter(by.values())).values()))['test']
     measures = shared_measures(by, denoised=denoised)
     floor = {k: test.get(f'floor/{m.name}') for k, m in measures.items() if m.of != 'set'}
@@ -323,7 +323,7 @@ def seeds_in_words(
 def reservations(
     by:dict,        # From `arms` or `with_copy`
 )->list[str]:       # Sentences
-    "What limits the trust in these records."
+    "Reservations about these records."
     runs = [(name, s, r) for name, arm in without_copy(by).items() for s, r in sorted(arm.items())]
     earlier = sorted({EARLIER[r['version']] for *_, r in runs if r.get('version') in EARLIER})
     loose = [(name, s) for name, s, r in runs if r.get('uncommitted')]

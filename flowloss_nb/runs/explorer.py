@@ -335,7 +335,7 @@ def set_control(
     name:str,       # Of one of them, e.g. 't'
     value:object,   # What it should show
 ):
-    "Set a control, or say what it can show."
+    "Set a control, or raise an error that lists what it can show."
     from traitlets import TraitError
     if name not in controls:
         raise ValueError(f'the explorer has no control {name!r}; it has {", ".join(controls)}')

@@ -42,7 +42,7 @@ def sources(
     text:bytes, # A file
     name:str,   # Its name
 )->bytes:       # The same; of a notebook only the sources of its cells
-    "A file as code: outputs of a notebook are none."
+    "The code in a file: of a notebook, without outputs."
     if not name.endswith('.ipynb') or not text: return text
     try: cells = [(c['cell_type'], ''.join(c['source'])) for c in json.loads(text)['cells']]
     except (ValueError, KeyError, TypeError): return text
@@ -61,7 +61,7 @@ NO_CODE = ':(top,exclude)nbs/results'   # Recorded results
 def changed_code(
     top:Path, # The repository
 )->list[tuple[str, bytes]]: # Path and text of every file whose code differs from the commit's
-    "Code that no commit holds."
+    "Uncommitted code."
     listed = git(top, 'diff', '--name-only', '-z', '--no-renames', 'HEAD', '--', NO_CODE)
     listed += git(top, 'ls-files', '--others', '--exclude-standard', '-z', '--', '*.py', '*.ipynb')
     paths = sorted({p for p in listed.decode().split('\0') if p})
@@ -97,7 +97,7 @@ def versions()->dict: # Plain values
 def finish_clearing(
     run_dir:Path, # A run's folder
 ):
-    "Finish what an interrupted overwriting has started: taking the lock does it."
+    "Complete an interrupted overwriting, which taking the lock does."
     if [*Path(run_dir).glob('.going'), *Path(run_dir).glob('.gone-*')]:
         with lock_run(run_dir): pass
 
@@ -246,7 +246,7 @@ def bind(
 # %% ../../nbs/7_runs/01_runs.ipynb #c040
 @contextmanager
 def this_kernel():  # Yields the kernel's name
-    "A kernel that is this Python, and no other of the same name."
+    "A temporary kernel for this Python."
     from ipykernel.kernelspec import get_kernel_dict
     with tempfile.TemporaryDirectory() as folder:
         write_json(Path(folder)/'kernels/flowloss-this/kernel.json', get_kernel_dict())
@@ -410,7 +410,7 @@ def parse_params(
     pairs:list[str],      # 'name=value'
     file:Path|None=None,  # YAML or JSON of name: value
 )->dict:                  # Name → as `read_params`
-    "Parameters from a file and from pairs, which go before it."
+    "Parameters from a file and from pairs, which override it."
     bad = [p for p in pairs if not p.partition('=')[0].strip() or '=' not in p]
     if bad: raise ValueError(f"-p takes name=value, got {', '.join(bad)}")
     named = [(name.strip(), value) for name, _, value in (p.partition('=') for p in pairs)]

@@ -76,7 +76,7 @@ def with_flow(
     cache:Path,             # Folder for F(y)
     anchored:bool=False,    # Keep the tracks of y, too, for F(ŷ) to start from
 )->ClipSet:                 # The same clips with `flow_y` and `visible_y`, or with nothing known
-    "What a training set knows of its clips: the target of the flow loss, and nothing else."
+    "A training set with the target of the flow loss, and without other knowledge of its clips."
     truths = {
         'estimated': lambda: estimated_truth(estimator, clips, cache, anchored),
         'exact': lambda: lambda i: exact_target(clips.known_truth(i)),
@@ -235,7 +235,7 @@ def warmed(
     params:TrainParams, # As the run's: order, noise, learning rate
     steps:int,          # Of reconstruction alone; 0: none
 )->Denoiser:            # A copy with other weights; for 0 steps the denoiser itself
-    "The denoiser as reconstruction alone would have it after some steps."
+    "A copy of the denoiser after some steps of reconstruction alone."
     if not steps: return denoiser
     p = replace(params, ema=0., ratio_every=0, progress=False)
     accelerator = make_accelerator(p)

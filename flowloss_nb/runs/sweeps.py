@@ -41,7 +41,7 @@ SHAPES = dict(notebook=str, params=dict, grid=dict, runs=list)
 def check_plan(
     plan:dict,          # As read from a file
 )->dict:                # The same, without what is left blank
-    "Refuse a plan whose parts are not what they should be."
+    "Raise an error for a plan with a malformed part."
     holds = f'a sweep holds {", ".join(SHAPES)}'
     def need(good, what):
         if not good: raise ValueError(what)
@@ -155,7 +155,7 @@ def apart(
     folder:Path,    # Of the sweep
     run:Run,        # Which run of it
 )->dict:            # As `do_run`
-    "`do_run` in an interpreter of its own, whose death is reported like any failure."
+    "`do_run` in an interpreter of its own; if that is killed, it is reported like any failure."
     words = json.dumps([str(notebook), str(folder), list(run)])
     command = [sys.executable, '-c', PROGRAM, words, str(os.getpid())]
     done = subprocess.run(command, capture_output=True, text=True)

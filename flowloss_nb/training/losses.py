@@ -262,7 +262,7 @@ def warp_error(
 
 # %% ../../nbs/5_training/01_losses.ipynb #c060
 def warp_objective(
-    d:Denoised,                 # The state of a training step; `flow_y` and `visible_y` in its batch
+    d:Denoised,                 # A step; `flow_y` and `visible_y` in its batch
     codec:nn.Module,            # Decodes latents
     gate:Callable=hard_gate,    # w(σ)
     s:float=1.,                 # Factor on `warp_error`
