@@ -56,7 +56,7 @@ def check_video(
     frames:int|None=None,          # Frames T it must have
     size:tuple[int,int]|None=None, # (H,W) it must have
 )->Tensor:                         # The same tensor
-    "Refuse what is not a batch of clips, and name what is wrong with it."
+    "Raise an error for anything but a batch of clips; it names the fault."
     if not torch.is_tensor(video):
         raise TypeError(f'video must be a tensor, got {type(video).__name__}')
     if not video.is_floating_point():
@@ -96,7 +96,7 @@ def check_fit(
     value:Tensor, # What the batch has there
     shape:tuple,  # From `known_shapes`
 )->Tensor:        # The same tensor
-    "Refuse a tensor of another shape or type."
+    "Raise an error for a tensor of another shape or type."
     pairs = zip(value.shape, shape)
     if value.ndim != len(shape) or any(want not in (None, n) for n, want in pairs):
         raise ValueError(f'batch[{key!r}] must be {shape}, got {tuple(value.shape)}')
@@ -111,7 +111,7 @@ def check_batch(
     frames:int|None=None,          # Frames T it must have
     size:tuple[int,int]|None=None, # (H,W) it must have
 )->dict:                           # The same batch
-    "Refuse a batch whose parts do not belong together."
+    "Raise an error for a batch whose parts do not belong together."
     if missing := {'video', 'prompt'} - set(batch):
         raise ValueError(f'batch lacks {sorted(missing)}, has {sorted(batch)}')
     B, T, _, H, W = check_video(batch['video'], frames, size).shape
@@ -122,7 +122,7 @@ def check_batch(
     for k, shape in known_shapes(B, T, H, W).items():
         if k in batch: check_fit(k, batch[k], shape)
     if ('flow_y' in batch) != ('visible_y' in batch):
-        raise ValueError("batch['flow_y'] and batch['visible_y'] are one answer of F: give both")
+        raise ValueError("batch['flow_y'] and batch['visible_y'] belong together: give both")
     return batch
 
 # %% ../../nbs/1_basics/04_clips.ipynb #c020
@@ -232,7 +232,7 @@ def read_video(
             frames = [rgb_picture(f, to_rgb) for f in file.decode(video_stream(file))]
     except av.FFmpegError as e: raise ValueError(f'{path} is not a readable video: {e}') from e
     if not frames: raise ValueError(f'{path} holds no frames')
-    if len({f.shape for f in frames}) > 1: raise ValueError(f'{path} changes its size on the way')
+    if len({f.shape for f in frames}) > 1: raise ValueError(f'{path} changes its size midway')
     return torch.from_numpy(np.stack(frames))
 
 # %% ../../nbs/1_basics/04_clips.ipynb #c037

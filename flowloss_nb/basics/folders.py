@@ -146,7 +146,7 @@ def keep_params(
     values:dict,   # Name → plain value
     free:tuple=(), # Names that may change when the run is continued
 ):
-    "Write parameters into `params.json`, or refuse if the run began with others."
+    "Write parameters into `params.json`; raise an error if the run began with others."
     path, new = Path(run_dir)/'params.json', kept_values(section, values)
     stored = read_json(path) if path.exists() else {}
     old = {**stored, **carried(run_dir)}.get(section, new)

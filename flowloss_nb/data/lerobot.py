@@ -56,7 +56,7 @@ def read_info(
     path = inside(root, 'meta/info.json')
     try: info = json.loads(read_some(path))
     except Unusable as e: raise ValueError(f'{path}: {e.args[0]}') from None
-    except ValueError as e: raise ValueError(f'{path} is no JSON: {e}') from None
+    except ValueError as e: raise ValueError(f'{path} is not valid JSON: {e}') from None
     if lacks := {'features', 'fps', 'data_path', 'video_path'} - set(info):
         raise ValueError(f'{path} lacks {sorted(lacks)}')
     fps = info['fps']

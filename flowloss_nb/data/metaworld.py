@@ -196,7 +196,7 @@ def decode_frames(
         pictures = (to_rgb.reformat(f, format='rgb24') for f in file.decode(video=0))
         rgb = np.stack([p.to_ndarray() for p in pictures])
     if len(rgb) % frames:
-        raise ValueError(f'{len(rgb)} frames are no whole number of {frames}-frame clips')
+        raise ValueError(f'{len(rgb)} frames are not a whole number of {frames}-frame clips')
     return rgb.reshape(-1, frames, *rgb.shape[1:])
 
 # %% ../../nbs/2_data/01_metaworld.ipynb #c040

@@ -288,6 +288,6 @@ def find_units(
     if meant := above(root): raise ValueError(f'{root} is a part of a data set: give {meant}')
     found = list(itertools.islice(below(root), 5))
     many, them = 'one' if len(found) == 1 else 'several', ' or '.join(found)
-    if found: raise ValueError(f'{root} is no data set, but holds {many}: give {them}')
+    if found: raise ValueError(f'{root} is not a data set, but holds {many}: give {them}')
     raise ValueError(f'no trajectories in {root}: it has no traj_group0, meta/info.json, '
                      'dataset_info.json or folders with lang.txt')

@@ -20,7 +20,7 @@ from ..flow.estimators import batches, fingerprint, net_hash, true_flow
 def under_batch_keys(
     kept:dict[str, Tensor], # One clip's part of a file, of this version or an earlier one
 )->dict[str, Tensor]:       # Under the keys of a batch, in float32 where it was half precision
-    "What a file says of a clip, as a batch carries it."
+    "What a file holds of a clip, under a batch's keys."
     renamed = {'flow': 'flow_y', 'visible': 'visible_y'}
     return {renamed.get(k, k): full_precision(v) for k, v in kept.items()}
 
@@ -91,5 +91,5 @@ def learn_all(
 def exact_target(
     known:dict,     # A clip, a batch or a `ClipSet`'s truth, with exact 'flow' and 'visible'
 )->dict:            # 'flow_y' and 'visible_y'
-    "Exact motion under the keys of F's answer."
+    "Exact motion under the keys of F's estimate."
     return {'flow_y': known['flow'], 'visible_y': known['visible']}

@@ -66,7 +66,7 @@ def check_folder(
     missing = [part for part in parts if not (Path(folder)/part).is_dir()]
     if missing:
         raise FileNotFoundError(
-            f'{folder} is no diffusers folder of Stable Video Diffusion: '
+            f'{folder} is not a diffusers folder of Stable Video Diffusion: '
             f'it lacks {", ".join(missing)}. '
             'Get one, e.g. huggingface.co/stabilityai/stable-video-diffusion-img2vid '
             '(Stability AI non-commercial community licence), and name it here')

@@ -142,7 +142,7 @@ def load_script(
     "I3D as TorchScript, if its file is trusted."
     path = find_official(folder, I3D_SCRIPT)
     if not trust:
-        raise ValueError(f"{path} is a TorchScript program, which can do anything when it runs: "
+        raise ValueError(f"{path} is a TorchScript program, which can execute any code: "
                          f"pass trust=True if you know its origin, or use {I3D_FVD.file}")
     return torch.jit.load(path, map_location='cpu').eval()
 

@@ -132,7 +132,7 @@ def flicker(
     y:Tensor,             # True clip, same shape
     threshold:float=0.15, # A pixel that changes by more at any time isn't static
 )->Tensor:                # Mean change between frames, `(B,)`; NaN where nothing is static
-    "Unrest of what should stand still."
+    "Change between frames where nothing should change."
     as_shown(y_hat, y)
     static = ~changed(y, threshold).any(1, keepdim=True)[:, :, None]
     return clip_mean(on_screen(y_hat).diff(dim=1).abs(), static)
@@ -170,7 +170,7 @@ def motion_epe(
 def copy_first(
     batch:dict, # Clip batch
 )->Tensor:      # `(B,T,3,H,W)`: frame 0, T times
-    "The clip in which nothing happens."
+    "Frame 0, repeated: the motionless clip."
     video = batch['video']
     return video[:, :1].expand_as(video).clone()
 

@@ -255,7 +255,7 @@ def check_record(
     missing, version = [k for k in NEEDED if k not in record], record.get('version')
     if not missing and version in (*EARLIER, RECORD): return
     reason = f'is record {version}, this is version {RECORD}'
-    if missing: reason = f"is no record of `strategy` or `train_bridge`: no {', '.join(missing)}"
+    if missing: reason = f"is not a record of `strategy` or `train_bridge`: no {', '.join(missing)}"
     raise ValueError(
         f'{path} {reason}. If another version wrote it (see versions.json beside it), keep such '
         'runs in another folder, or move its metrics.json away and run its notebook again, which '

@@ -51,7 +51,7 @@ def check_estimator(
     if not flow.isfinite().all() or visible.min() < 0 or visible.max() > 1:
         raise ValueError('flow must be finite and visibility in 0..1')
     if not torch.allclose(ends, flow[:, last_first - 1], atol=1e-2):
-        raise ValueError(f'answers for frames {last_first.tolist()} must come in this order')
+        raise ValueError(f'results for frames {last_first.tolist()} must come in this order')
     if rounded.dtype != torch.float:
         raise ValueError(f'flow of a bfloat16 clip is {rounded.dtype}, not float32: use in_float32')
 
@@ -231,7 +231,7 @@ def refuse_some(
     anchored = 'tracks' in known and hasattr(getattr(estimator, 'func', estimator), 'tracks')
     if K in (None, T - 1) or anchored or not sees_whole(estimator): return
     name = getattr(estimator, '__name__', type(estimator).__name__)
-    raise ValueError(f'{name} looks at a whole clip, and its answer would change with {K} of '
+    raise ValueError(f'{name} needs the whole clip, and its result would change with {K} of '
                      f'{T - 1} target frames: take all of them (K=None) or, with DOT, the tracks '
                      'of the true clip (anchored=True; augmented clips have lost theirs)')
 

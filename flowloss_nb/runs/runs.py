@@ -125,7 +125,7 @@ def read_run(
     def read(name, kind=dict):
         return read_json(run_dir/name, kind) if (run_dir/name).exists() else None
     params = read('params.json')
-    if params is None: raise FileNotFoundError(f'{run_dir} is no run: it has no params.json')
+    if params is None: raise FileNotFoundError(f'{run_dir} is not a run: it has no params.json')
     log = read_log(run_dir) if (run_dir/'log.jsonl').exists() else []
     last = (read('versions.json', list) or [None])[-1]
     metrics = read('metrics.json')
@@ -152,7 +152,7 @@ def tagged_cell(
 )->str:            # Its source
     "The notebook's cell of parameters."
     cells = read_json(notebook).get('cells')
-    if not isinstance(cells, list): raise ValueError(f'{notebook} is no notebook: it has no cells')
+    if not isinstance(cells, list): raise ValueError(f'{notebook} is not a notebook: no cells')
     tagged = [''.join(c['source']) for c in cells if 'parameters' in c['metadata'].get('tags', [])]
     if len(tagged) != 1: raise ValueError(
         f'{notebook} has {len(tagged)} cells tagged `parameters`, must have one: without it '
@@ -196,7 +196,7 @@ def check_known(
     has = ', '.join(f'{k} = {v}' for k, v in known.items())
     if unknown: raise ValueError(f'{name} has no parameter {unknown}; it has {has}')
     if 'run_dir' in params:
-        raise ValueError('run_dir is the folder that the run is given: not to be set')
+        raise ValueError('run_dir is set by the runner and cannot be a parameter')
     return params
 
 # %% ../../nbs/7_runs/01_runs.ipynb #a1f40002
@@ -399,7 +399,7 @@ def read_params(
     file = Path(file).expanduser()
     try: text = file.read_text(encoding='utf-8-sig')
     except UnicodeDecodeError as e:
-        raise ValueError(f'{file} is no text in UTF-8: {e.reason} at byte {e.start}') from None
+        raise ValueError(f'{file} is not text in UTF-8: {e.reason} at byte {e.start}') from None
     values = read_yaml(text.replace('\t', ' ') if file.suffix == '.json' else text, file)
     kind = type(values).__name__
     if not isinstance(values, dict | None):

@@ -66,7 +66,7 @@ def read_log(
         if event is not None: events.append(event)
         elif text and i < len(raw) and b'\0' not in raw[i-1]: raise ValueError(
             f'{path}, line {i} is damaged: {text[:60]!r}. '
-            'Take it out, or start the run again, which does')
+            'Remove the line, or start the run again, which removes it')
     return [e for e in events if kind is None or e.get('kind') == kind]
 
 # %% ../../nbs/5_training/03_checkpoints.ipynb #c033
@@ -155,7 +155,7 @@ def load_checkpoint(
     "Read a checkpoint."
     path = Path(path)
     if not (path/'state.json').exists(): raise FileNotFoundError(
-        f'{path} is no checkpoint: it has no state.json. Move it away: the run is then resumed '
+        f'{path} is not a checkpoint: it has no state.json. Move it away: the run is then resumed '
         'from the one before')
     try:
         files = sorted(path.glob('[!.]*.safetensors'))

@@ -270,7 +270,7 @@ def warp_objective(
 )->Losses:                      # It also logs `open`, the share of open gates
     "Reconstruction plus the gated warping loss: Eq. (7)."
     if not {'flow_y', 'visible_y'} <= d.batch.keys(): raise ValueError(
-        'warping needs F(y), and this batch has none: keep it (estimated_truth, KnownClips), '
+        'warping needs F(y), and this batch has none: cache it (estimated_truth, KnownClips), '
         'or let the augmentation transform it with the clip')
     losses, strength, chosen = gated(d, gate, floor)
     if not chosen.any(): return losses

@@ -383,7 +383,7 @@ def check_environment(
     if given.get('TORCH_DEVICE', device).split(':')[0] != device: bad.append('TORCH_DEVICE')
     named = ', '.join(f'ACCELERATE_{k}={given[k]}' for k in bad)
     if bad: raise ValueError(
-        f'the environment sets {named}, which would make another run of this one: unset it; '
+        f'the environment sets {named}, which would change this run: unset it; '
         'TrainParams defines a run (fsdp=True shards, cpu=True stays on the CPU)')
     same = dict(MIXED_PRECISION=(p.mixed_precision,), DYNAMO_BACKEND=(),
                 GRADIENT_ACCUMULATION_STEPS=('1', str(p.accumulate)))
@@ -405,7 +405,7 @@ def make_accelerator(
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         dynamo_plugin=TorchDynamoPlugin(backend='no'))
     if accelerator.device.type != device.type: raise ValueError(
-        f'this process has trained on {accelerator.device} before, and keeps to it; this run wants '
+        f'this process has trained on {accelerator.device} before; this run needs '
         f'{device}: start it in a process of its own (restart the kernel)')
     check_params(p, accelerator.num_processes)
     return accelerator
@@ -467,7 +467,7 @@ def load_ema(
     "Load the averaged weights of a run's newest checkpoint."
     last = latest_checkpoint(run_dir)
     if last is None:
-        raise FileNotFoundError(f'no checkpoint in {run_dir}: has the run got as far as the first?')
+        raise FileNotFoundError(f'no checkpoint in {run_dir}: the run has not reached its first')
     files = [f for f in (last/'ema.safetensors', last/'model.safetensors') if f.exists()]
     if not files: raise FileNotFoundError(
         f'{last} holds no weights. Delete that folder: the run is then resumed from the one before')
