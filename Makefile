@@ -33,14 +33,14 @@ docs: $(VENV)/.ok ## build the site with Quarto into _docs/
 docs-preview: $(VENV)/.ok ## build the same pages without Quarto into _docs/, and check every link
 	python tests/pages.py site
 
-# The environment. uv reads no pip configuration, so it is handed pip's indexes and wheel folders; pip itself is the fallback.
+# The environment. uv reads no pip configuration, so pip's indexes and wheel folders are passed to it; pip itself is the fallback.
 setting = $$(printenv PIP_$(1) || $(BIN)/python -m pip config get global.$(2) 2>/dev/null || true)
 $(VENV)/.ok: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { \
-	  echo "This project needs Python 3.11, and '$(PYTHON)' is not it: install python3.11, or say where it is: make PYTHON=/path/to/python3.11"; exit 1; }
+	  echo "This project needs Python 3.11, and '$(PYTHON)' is not it: install python3.11, or give its path: make PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "Setting up $(VENV): once, about a minute"
 	@$(PYTHON) -m venv $(VENV) || { echo "python -m venv failed: on Debian and Ubuntu, apt-get install python3.11-venv"; exit 1; }
-	@$(BIN)/python -m pip install -q uv==0.13.8 || echo "uv did not install: pip will do, in about five minutes"
+	@$(BIN)/python -m pip install -q uv==0.13.8 || echo "uv could not be installed: using pip, which takes about five minutes"
 	@index="$(call setting,INDEX_URL,index-url)"; extra="$(call setting,EXTRA_INDEX_URL,extra-index-url)"; \
 	links="$(call setting,FIND_LINKS,find-links)"; \
 	if [ -n "$$index" ]; then export UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$$index}"; fi; \

@@ -133,7 +133,7 @@ def test_a_slowdown_is_recognised(recorded_runs):
     assert 1370 < behind['low'] < behind['high'] < 1500
 
 def test_reservations_are_listed(recorded_runs):
-    "Old records stay readable, with their reservations: their judge and calibration, and code that no commit holds."
+    "Old records stay readable, with their reservations: their judge and calibration, and uncommitted code."
     earlier, loose = reservations(recorded_runs)
     assert 'old judge and calibration' in earlier
     assert 'recon only: 0, 1;' in loose and 'w_ls: 0' in loose and 'warping' not in loose

@@ -85,7 +85,7 @@ def known_shapes(
     H:int,      # Height of a frame
     W:int,      # Width of a frame
 )->dict:        # Key → shape; None: any size
-    "The shapes of what is known of a batch's clips."
+    "The shapes of a batch's optional entries."
     flow, visible = (B, T-1, 2, H, W), (B, T-1, H, W)
     return dict(flow=flow, visible=visible, flow_y=flow, visible_y=visible,
                 tracks=(B, T, None, 3), latent=(B, T, None, None, None))
@@ -189,7 +189,7 @@ def check_encodable(
     fps:float,         # Candidate for a frame rate
     pix_fmt:str,       # As for `write_video`
 ):
-    "Refuse what the encoder cannot write."
+    "Raise an error for sizes and rates that the encoder cannot write."
     if frames.ndim != 4:
         raise ValueError(f'write_video takes one clip, (T,3,H,W) or (T,H,W,3), got {frames.shape}')
     if not len(frames): raise ValueError('write_video got no frames to write')
@@ -237,7 +237,7 @@ def read_video(
 
 # %% ../../nbs/1_basics/04_clips.ipynb #c037
 class ClipSet(Dataset):
-    "Clips held as bytes, with prompts and, where there is any, what is known of them."
+    "Clips held as bytes, with prompts and, where known, flow and other entries."
     def __init__(self,
         frames:Tensor,             # uint8 (N,T,H,W,3)
         prompts:list[str],         # N prompts
@@ -264,7 +264,7 @@ class ClipSet(Dataset):
         return item | (self.known_truth(i) if self.truth else {})
 
     def known_truth(self, i):
-        "What is known of clip `i`, computed once."
+        "The known entries of clip `i`, computed once."
         if i not in self._known:
             self._known[i] = {k: torch.as_tensor(v) for k, v in self.truth(i).items()}
         return self._known[i]
@@ -311,7 +311,7 @@ def batch_indices(
     step:int,       # Number of the training step, from 0
     seed:int=0,     # Seed of the order
 )->list[int]:       # `batch_size` clip numbers
-    "The clips of one step: each epoch is a new shuffle, and no state is kept."
+    "The clips of one step: each epoch is a new shuffle, without any state."
     if n < 1 or batch_size < 1 or step < 0:
         raise ValueError(f'need n ≥ 1, batch_size ≥ 1 and step ≥ 0, got {n}, {batch_size}, {step}')
     def shuffle(epoch):

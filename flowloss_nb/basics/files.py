@@ -44,7 +44,7 @@ def atomic_path(
 def sync(
     path:Path, # A file, or a folder whose entries must survive
 ):
-    "Force what was written onto the disk."
+    "Force written bytes onto the disk."
     handle = os.open(path, os.O_RDONLY)
     try: os.fsync(handle)
     finally: os.close(handle)

@@ -44,7 +44,7 @@ def lock_run(
     run_dir:Path,    # The run's folder; made if missing
     name:str='lock', # Lock file: one for the training, another for the notebook around it
 ):
-    "Hold the run's folder; a second process gets an error that names the first."
+    "Lock the run's folder; for a second process raise an error that names the first."
     run_dir = Path(run_dir).resolve()
     if run_dir.exists() and not run_dir.is_dir():
         raise NotADirectoryError(f'run folder {run_dir} is a file: choose another')

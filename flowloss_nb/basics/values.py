@@ -165,7 +165,7 @@ def as_path(
 def kind_of(
     default:object, # A plain value
 )->str:             # Its type, as one would write it
-    "The type that a default stands for."
+    "The type that a default implies."
     if isinstance(default, (bool, int, float, str, dict)): return type(default).__name__
     if not isinstance(default, (list, tuple)): return 'object'
     kinds = {kind_of(v) for v in default}

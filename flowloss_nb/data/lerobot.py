@@ -29,7 +29,7 @@ def inside(
     root:str|Path, # The data set's folder
     path:str,      # A path below it, from an untrusted file
 )->str:            # The absolute path
-    "Refuse a path that leads out of the data set, directly or by a link."
+    "Raise an error for a path that leads out of the data set, directly or by a link."
     real = os.path.realpath(root)
     whole = os.path.normpath(os.path.join(real, path))
     if not whole.startswith(real + os.sep): raise Unusable('path out of the tree', path)

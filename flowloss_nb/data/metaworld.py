@@ -20,7 +20,7 @@ from ..basics.clips import ClipSet
 
 # %% ../../nbs/2_data/01_metaworld.ipynb #c006
 class Camera(NamedTuple):
-    "A camera that stands still."
+    "A static camera."
     place:np.ndarray # (3,) in the world, metres
     axes:np.ndarray  # (3,3) rows right, down, forward; unit length
     fovy:float       # Vertical field of view, radians

@@ -207,7 +207,7 @@ def is_bridge2(
 def report_rows(
     report:dict, # From `prepare`
 )->list[dict]:   # What, why, how many, and an example
-    "What was dropped, passed over or repeated."
+    "Counts of dropped, skipped and repeated clips."
     rows = [dict(what=what, why=why, count=reason['count'], example=reason['examples'][0])
             for what in ('dropped', 'passed') for why, reason in sorted(report[what].items())]
     twins = report.get('repeated', 0)
@@ -298,7 +298,7 @@ def prepared_splits(
     out:str|Path, # Folder made by `prepare`
     **least:int,  # Split -> clips needed of it
 )->dict:          # Split -> PreparedClips
-    "All splits of a prepared set, or what is missing of them."
+    "All splits of a prepared set, or an error that names missing ones."
     sets = {s: PreparedClips(out, s) for s in SPLITS}
     short = {s: n for s, n in least.items() if len(sets[s]) < n}
     lacks = [f'{len(sets[s])} {s} clips where {n} are needed' for s, n in short.items()]

@@ -18,7 +18,7 @@ from ..basics.clips import full_precision
 # %% ../../nbs/4_diffusion/02_codecs.ipynb #7d1e0b02
 @runtime_checkable
 class Codec(Protocol):
-    "What a codec must offer; `LinearCodec`, `SmallVAE` and `SVDCodec` do."
+    "What a codec must provide; `LinearCodec`, `SmallVAE` and `SVDCodec` do."
     def encode(self,
         video:Tensor,           # Clips `(B,T,3,H,W)` in [-1,1]
     )->Tensor: ...              # Latents `(B,T,C,h,w)`, unit standard deviation

@@ -68,7 +68,7 @@ class KnownClips(Dataset):
 
     @torch.no_grad()
     def compute(self, video):
-        "What is kept of one clip."
+        "The entries that are stored for one clip."
         y, out = video[None].to(self.device), {}
         if self.codec is not None: out['latent'] = self.codec.to(self.device).encode(y).half()
         if self.estimator is not None:
@@ -82,7 +82,7 @@ def learn_all(
     of:int=1,           # ... of so many
     progress:bool=True, # Show a bar
 )->int:                 # Number of clips visited
-    "Compute and keep what isn't known yet."
+    "Compute and store the missing entries."
     todo = range(rank, len(known), of)
     for i in tqdm(todo, unit=' clips', disable=not progress): known[i]
     return len(todo)

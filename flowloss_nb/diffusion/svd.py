@@ -75,7 +75,7 @@ def check_folder(
 def read_beside(
     folder:Path,            # A diffusers folder of SVD, or one that `save_svd` wrote
 )->tuple[dict, dict]:       # 'ids' and 'film' if `save_svd` wrote them; FiLM's weights by name
-    "What lies beside SVD's parts in a folder."
+    "The settings and FiLM weights beside SVD's parts in a folder."
     record, film = folder/'flowloss.json', folder/'film.safetensors'
     try: settings = json.loads(record.read_text()) if record.is_file() else {}
     except ValueError as e: raise ValueError(f'{record} is damaged: {e}') from None
@@ -156,7 +156,7 @@ def plain_unet(
 def clear_parts(
     folder:Path,    # Will be written next
 ):
-    "Delete what interrupted saves left a day ago or more; a younger one may still be running."
+    "Delete remains of saves interrupted a day ago or more; a younger one may still be running."
     start = f'.{folder.name[:40]}.'
     for left in folder.parent.iterdir() if folder.parent.is_dir() else ():
         ours = left.name.startswith(start) and left.name.endswith('.part') and left.is_dir()

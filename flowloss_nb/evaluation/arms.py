@@ -177,7 +177,7 @@ def recorded_rows(
 def recorded_costs(
     records:dict,   # Title → a recorded comparison
 )->list[dict]:      # Of a table
-    "What a step cost in every arm of every comparison."
+    "The cost of a step in every arm of every comparison."
     def row(title, arm, cost):
         dose = arm.rpartition(' ')[2] if ' ' in arm else None
         ratios = {'gradient ratio, asked': cost.get('gradient ratio, asked', dose),

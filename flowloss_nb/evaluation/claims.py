@@ -222,7 +222,7 @@ def claim_average(
     claimed:str,    # The verdict on flicker that it means
     base:str='recon only', # What is compared with
 )->Claim:
-    "What the paper says about the stability of a weighted average (Fig. 6)."
+    "The paper's claim about the stability of a weighted average (Fig. 6)."
     keys = [k for k in ('sample/flicker', 'sample/psnr') if k in shared_measures(by)]
     results = {k: compare_with(by, name, on_test(k), base) for k in keys}
     flicker = results.get('sample/flicker', {})

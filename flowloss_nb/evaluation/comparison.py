@@ -154,7 +154,7 @@ def at_step(
     step:int,       # With a validation
     key:str,        # Of its line
 )->float|None:      # None where it was not measured
-    "What a validation measured."
+    "A measure at one validation."
     return next(line.get(key) for line in record['curve'] if line['step'] == step)
 
 def over_steps(
@@ -188,7 +188,7 @@ def with_copy(
 def without_copy(
     by:dict,    # From `arms` or `with_copy`
 )->dict:        # Without copying frame 0
-    "What was trained."
+    "The trained strategies, without copying frame 0."
     return {name: arm for name, arm in by.items() if name != COPY}
 
 # %% ../../nbs/6_evaluation/07_comparison.ipynb #0a054310
@@ -270,7 +270,7 @@ def rows_at(
     step:int,               # Of the validation
     base:str='recon only',  # Beside which levels stand
 )->list[dict]:              # Levels over seeds
-    "What a validation measured, strategy by strategy."
+    "The measures of one validation, strategy by strategy."
     there = {name: arm for name, arm in by.items() if step in at_steps(arm)}
     if not there:
         steps = sorted({s for arm in by.values() for s in at_steps(arm)})

@@ -153,7 +153,7 @@ def course_rows(
 def motion_key(
     keys:Iterable,  # Of measures
 )->str:             # Motion error by the judge; where it wasn't measured, flow error
-    "What motion is judged by."
+    "The measure of motion."
     return 'sample/epe_moving' if 'sample/epe_moving' in keys else 'sample/flow_error'
 
 def last_levels(

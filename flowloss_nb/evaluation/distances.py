@@ -166,7 +166,7 @@ def time_as_colour(
     video:Tensor,  # `(B,T,3,H,W)`
     moments:int=4, # How many pictures
 )->Tensor:         # `(B,moments,3,H,W)`: frames t-1, t, t+1 in grey as red, green, blue
-    "Pictures in which what moves has colour."
+    "Pictures in which motion appears as colour."
     T = video.shape[1]
     if T < 3: raise ValueError(f"time as colour needs clips of at least 3 frames, got {T}")
     grey, t = full_precision(video).mean(2), torch.linspace(1, T - 2, moments).round().long()
@@ -317,7 +317,7 @@ def lpips_measure(
 def joined_facts(
     facts:list[dict],   # Of each batch: clips, frames, size, low, high
 )->dict:                # The same of the whole set
-    "Count and range of a set; refuse one of mixed or no clips, or of other units."
+    "Count and range of a set; an error for mixed or no clips, or other units."
     if not facts: raise ValueError("a set without clips has no features")
     for f in facts[1:]:
         a, b = ((x['frames'], x['size']) for x in (facts[0], f))
@@ -350,7 +350,7 @@ def check_sets(
     generated:dict, # `set_features` of generated clips
     true:dict,      # `set_features` of true clips
 ):
-    "Refuse sets that can't be compared."
+    "Raise an error for sets that can't be compared."
     a, b = generated['set'], true['set']
     for what in ('frames', 'size'):
         if a[what] == b[what]: continue

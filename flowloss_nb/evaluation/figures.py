@@ -156,7 +156,7 @@ def drawable(
     by:dict,            # From `arms`
     names:list[str],    # Which of them
 )->list[str]:           # Those that have run, and share a seed with the first
-    "Strategies whose samples may stand in one figure; the others are named in print."
+    "Strategies whose samples may be shown in one figure; the names of the others are printed."
     there = [name for name in names if name in by]
     if not there: raise ValueError(f'none of {names} has finished; there are {list(by)}')
     shared, shown = set(by[there[0]]), []

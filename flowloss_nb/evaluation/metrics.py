@@ -36,7 +36,7 @@ def check_units(
     true:tuple[float, float],            # Darkest and brightest pixel of all true clips
     shown:tuple[float, float]|None=None, # The same of all generated ones
 ):
-    "Refuse pixels in [0, 1] or of bytes where [-1, 1] is meant."
+    "Raise an error for pixels in [0, 1] or of bytes where [-1, 1] is meant."
     fix = 'bring all clips to [-1, 1] (from [0, 1]: 2*video - 1; from bytes: clips.to_float)'
     low, high = true
     if -.2 < low < .15 and high > .65:
@@ -143,7 +143,7 @@ def check_flows(
     flow:Tensor,     # Flow to compare with, same shape
     visible:Tensor,  # `(B,K,H,W)`
 ):
-    "Refuse flows that don't fit each other or contain NaN."
+    "Raise an error for flows that don't fit each other or contain NaN."
     shapes = tuple(flow_hat.shape), tuple(flow.shape)
     if shapes[0] != shapes[1] or flow.ndim != 5 or flow.shape[2] != 2:
         raise ValueError(f"flows must both be (B,K,2,H,W), got {shapes[0]} and {shapes[1]}")
@@ -234,7 +234,7 @@ def paired_differences(
 def check_level(
     level:float, # Of an interval
 ):
-    "Refuse a level that isn't a probability."
+    "Raise an error for a level that isn't a probability."
     if not 0 < level < 1: raise ValueError(f"level is {level}; it is a probability between 0 and 1")
 
 def paired_interval(

@@ -217,7 +217,7 @@ def exact_flow(
 def sees_whole(
     estimator:Estimator,    # Or a partial of one
 )->bool:
-    "Does its answer for one frame depend on the other frames that it receives?"
+    "Does its result for one frame depend on the other frames that it receives?"
     estimator = getattr(estimator, 'func', estimator)
     return hasattr(estimator, 'tracks') or getattr(estimator, 'whole', False)
 
@@ -275,7 +275,7 @@ def draw_estimators(
 def net_hash(
     net:nn.Module,      # Weights and settings
 )->str:                 # 16 hex digits
-    "A hash of everything that the answer of this network depends on."
+    "A hash of everything that the results of this network depend on."
     plain = (bool, int, float, str, tuple)
     settings = [(k, v) for m in net.modules() for k, v in sorted(vars(m).items())
                 if isinstance(v, plain) and k != 'training']

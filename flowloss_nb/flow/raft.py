@@ -409,7 +409,7 @@ def matching_costs(
     f1:Tensor,                          # Source features `(B,D,h,w)`
     f2:Tensor,                          # Target features `(B,D,h,w)`
 )->tuple[Callable, Tensor, Tensor|None]:# Look-up; match `(B,·,h,w)`, 0 without matching; log π
-    "What a RAFT compares: costs around a target, and the match over all places."
+    "A RAFT's inputs: costs around a target, and the match over all places."
     matching = net.log_temperature is not None
     if net.attention: f1, f2 = net.attention(f1, f2)
     most = math.inf if matching else 2**29

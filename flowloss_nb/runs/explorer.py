@@ -258,7 +258,7 @@ def check_frame(
     t:int,          # Frame
     frames:int,     # Of the clip, T
 ):
-    "Refuse a frame that has no flow from frame 0."
+    "Raise an error for a frame without flow from frame 0."
     if 1 <= t < frames: return
     raise ValueError(f't = {t}: flow leads from frame 0 to one of 1..{frames - 1}')
 

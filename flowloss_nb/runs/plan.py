@@ -120,7 +120,7 @@ def measure_part(
     parts:dict, # Gets `name` → seconds, flops, peak (bytes resident)
     name:str,   # Of the part
 ):
-    "Time, operations and memory of what is done inside."
+    "Time, operations and memory of the code inside the block."
     resident(reset=True)
     start = time.perf_counter()
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH): yield

@@ -162,7 +162,7 @@ def tagged_cell(
 def typed_parameters(
     notebook:Path, # An experiment notebook
 )->dict:           # Name → its type and its default, as source text
-    "What the notebook's tagged cell defines."
+    "The parameters that the notebook's tagged cell defines."
     lines = ast.parse(tagged_cell(notebook)).body
     named = [s for s in lines if isinstance(s, (ast.Assign, ast.AnnAssign)) and s.value]
     sides = [(t, s) for s in named for t in getattr(s, 'targets', [getattr(s, 'target', None)])]
@@ -190,7 +190,7 @@ def check_known(
     notebook:Path, # An experiment notebook
     params:dict,   # Values to run it with
 )->dict:           # The same values
-    "Refuse parameters that the notebook does not have."
+    "Raise an error for parameters that the notebook does not have."
     known, name = known_parameters(notebook), Path(notebook).name
     unknown = ', '.join(sorted(map(str, {*params} - {*known})))
     has = ', '.join(f'{k} = {v}' for k, v in known.items())
@@ -205,7 +205,7 @@ def fit_params(
     params:dict,          # Values to run it with, or text that spells them
     here:Path|None=None,  # Folder that paths start from; None: leave them as they are
 )->dict:                  # The values as the notebook takes them
-    "Refuse parameters that the notebook does not have, and values that do not fit their types."
+    "Raise an error for unknown parameters, and for values that do not fit their types."
     typed = typed_parameters(notebook)
     return {k: fit(k, v, *typed[k], here) for k, v in check_known(notebook, params).items()}
 
@@ -262,7 +262,7 @@ def make_room(
     run_dir:Path,    # The run's folder, whose `notebook.lock` the caller holds
     overwrite:bool,  # May a finished run be thrown away?
 )->Path:             # The folder, absolute
-    "Refuse to run over a finished run, or clear it away."
+    "Raise an error for a finished run, or clear it away."
     run_dir = Path(run_dir).resolve()
     run_dir.mkdir(parents=True, exist_ok=True)
     sweep_up(run_dir)
@@ -279,7 +279,7 @@ def make_room(
 def failed_cell(
     notebook:Path, # A notebook that papermill has executed
 )->str:            # The failing cell's source and error, '' if none failed
-    "What went wrong in an executed notebook."
+    "The failed cell of an executed notebook, and its error."
     cells = json.loads(Path(notebook).read_text(encoding='utf-8'))['cells']
     outputs = [(n, cell, out) for n, cell in enumerate(cells, 1) for out in cell.get('outputs', [])]
     errors = (f"cell {n}:\n\n{''.join(cell['source'])}\n\n{out['ename']}: {out['evalue']}"
@@ -317,7 +317,7 @@ ENDS = (signal.SIGTERM, signal.SIGINT)  # A scheduler's request to end, and Ctrl
 
 @contextmanager
 def forward_end():
-    "Forward SIGTERM and Ctrl-C to the working kernel, which saves and ends; yields what came."
+    "Forward SIGTERM and Ctrl-C to the working kernel, which saves and ends; yields the signals."
     came = []
     if threading.current_thread() is not threading.main_thread():
         yield came
@@ -356,7 +356,7 @@ def failure(
     error:Exception, # As papermill raised it
     came:list[int],  # Signals that were forwarded
 )->Exception:        # To raise
-    "What to raise when an execution has failed."
+    "The error to raise when an execution has failed."
     why = str(failed_cell(done) or error)
     stopped = why.split('\n\nStopped: ')[1:]
     if not (stopped or came):

@@ -136,7 +136,7 @@ def svd_clips(
     validate_clips:int=1, # Validation clips needed
     test_clips:int=1,     # Test clips needed
 )->dict[str, Dataset]:    # 'train', 'validation', 'test'
-    "Clips for Stable Video Diffusion, or what is missing of them."
+    "Clips for Stable Video Diffusion, or an error that names missing ones."
     if not data:
         clips = {split: load_clips(split, 'fixed') for split in SPLITS}
         return clips | {'train': clips['train'].select(range(4))}

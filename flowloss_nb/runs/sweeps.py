@@ -229,7 +229,7 @@ def progress(
     plan:dict,      # As `expand`
     folder:Path,    # Of the sweep
 )->list[dict]:      # 'run', 'state', 'step', 'notebook' of a failed one
-    "Where every run of a sweep stands."
+    "The state of every run of a sweep."
     def state(place):
         if (place/'failed.txt').exists(): return 'failed'
         if (place/'metrics.json').exists(): return 'done'

@@ -233,7 +233,7 @@ def draw_colours(
 
 # %% ../../nbs/8_simulator/01_world.ipynb #c032
 class Prop(NamedTuple):
-    "A solid that stands still."
+    "A static solid."
     kind:int         # MuJoCo's geom type
     size:np.ndarray  # (3,) half sizes, as MuJoCo has them
     place:np.ndarray # (3,) centre

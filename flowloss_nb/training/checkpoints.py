@@ -57,7 +57,7 @@ def read_log(
     path:Path,     # A log, or the run's folder
     kind:str=None, # Keep lines of one kind: 'train', 'validation'; all by default
 )->list[dict]:     # One dict per line
-    "Read a log, without what a kill or a power cut has torn."
+    "Read a log, without lines that a kill or a power cut has torn."
     path = Path(path)/'log.jsonl' if Path(path).is_dir() else Path(path)
     if not path.exists():
         raise FileNotFoundError(f'no log at {path}: is this the folder of a run that has begun?')
@@ -130,7 +130,7 @@ def fill_checkpoint(
 def clear_temporary(
     folder:Path, # With checkpoints
 ):
-    "Delete what a killed save left, and dropped checkpoints; no other files."
+    "Delete the remains of killed saves, and dropped checkpoints; no other files."
     for left in [*folder.glob('.new_*'), *folder.glob('.old_*')]:
         if left.is_dir(): shutil.rmtree(left, ignore_errors=True)
 

@@ -40,7 +40,7 @@ class Losses:
     log:dict = field(default_factory=dict) # Name → number; replaces a term of the same name
 
     def add_flow(self, flow, **log):
-        "The same losses with a flow term, and what is logged of it."
+        "The same losses with a flow term, and its numbers for the log."
         return Losses(self.loss + flow, self.recon, flow, self.log | {'flow': flow.detach()} | log)
 
 # %% ../../nbs/5_training/01_losses.ipynb #032be52c
@@ -174,13 +174,13 @@ def recon_objective(
 def added(
     w:Tensor,   # Gate's weight `(B,)`
 )->Tensor:      # Weight of reconstruction, shaped like `w`
-    "What Eq. (3) keeps of reconstruction: everything."
+    "The weight of reconstruction in Eq. (3): 1."
     return torch.ones_like(w)
 
 def averaged(
     w:Tensor,   # Gate's weight `(B,)`, 0..1
 )->Tensor:      # Weight of reconstruction, shaped like `w`
-    "What Eq. (5) keeps of reconstruction: 1 − w."
+    "The weight of reconstruction in Eq. (5): 1 − w."
     return 1 - w
 
 # %% ../../nbs/5_training/01_losses.ipynb #a1c4000a

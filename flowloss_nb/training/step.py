@@ -190,7 +190,7 @@ def objective_stream(
     where:range,   # Places in the global batch
     T:int,         # Frames of a clip
 )->Generator:      # On the CPU
-    "What an objective draws from, after T−1 numbers for each preceding clip."
+    "An objective's generator, after T−1 numbers for each preceding clip."
     generator = stream(p.seed, step, 'objective')
     torch.rand(where[0], T - 1, generator=generator)
     return generator

@@ -56,7 +56,7 @@ class TrainState:
     compute_seconds:float = 0.   # Time of steps, without validation, saving and gradient ratios
     scaler:object = None         # Of the loss, in fp16
     def core(self):
-        "The denoiser without what training wraps around it."
+        "The denoiser without the wrappers that training adds."
         return getattr(self.denoiser, 'module', self.denoiser)
     def averages(self):
         "Is there a running average, or is the model itself used for it (ema = 0)?"
