@@ -24,7 +24,7 @@ def __dir__(): return sorted([*globals(), *__all__])
 def __getattr__(name):
     if name not in _MODULES:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}; it offers {", ".join(__all__)}. '
-                             'The rest is in its chapters: flowloss_nb.training.losses, for example')
+                             'Import the rest from its chapter, e.g. `import flowloss_nb.training.losses`')
     from importlib import import_module
     globals()[name] = value = getattr(import_module(f'{__name__}.{_MODULES[name]}'), name)
     return value

@@ -377,6 +377,8 @@ def check_links(out: Path, problems: Problems):
     for page, links in pages.items():
         unresolved = sorted(set(re.findall(rf'\?@[\w-]+|(?<!\w)@{LABEL}', links.words)))
         found = [f'unresolved {reference}' for reference in unresolved]
+        shown = re.findall(r'\]\s*\([\w./-]+\.(?:ipynb|html)', links.words)
+        found += [f'a link shown as text: {link}' for link in shown]
         found += [wrong_link(tag, target, page, pages) for tag, target in sorted(links.targets)]
         problems += [f'{page.relative_to(out.resolve())}: {wrong}' for wrong in found if wrong]
 

@@ -76,6 +76,7 @@ def test_faults_are_found(tmp_path):
     faults = {'<a href="gone.html">x</a>': 'dangling link gone.html',
               '<a href="a.html#nowhere">y</a>': 'no anchor a.html#nowhere',
               'see @fig-none': 'unresolved @fig-none',
+              'see [x] (a.ipynb#b)': 'a link shown as text: ] (a.ipynb',
               '<img src="https://example.org/p.png">': 'img from the network',
               '<a href="https://git.invalid/z">z</a>': 'does not exist'}
     (tmp_path/'c.html').write_text(' '.join(faults))
