@@ -128,6 +128,21 @@ for m in {modules}:
     assert not heavy, f"flowloss_nb.{{m}} imports {{sorted(heavy)}}"
 ''', folder=project, seconds=PATIENCE)
 
+TABLES = dict(objective='OBJECTIVES', strategy='OBJECTIVES', estimator='ESTIMATORS')
+
+@pytest.mark.parametrize('notebook', EXPERIMENTS, ids=name)
+def test_experiments_offer_what_the_tables_hold(notebook):
+    "A new objective or estimator can be chosen in every experiment that chooses one by name."
+    from flowloss_nb.runs import stage
+    from flowloss_nb.runs.runs import typed_parameters
+    typed = typed_parameters(notebook)
+    for parameter in TABLES.keys() & typed.keys():
+        words = set(re.findall(r"'([^'|]+)'", typed[parameter][0]))
+        known = set(getattr(stage, TABLES[parameter]))
+        if not words & known: continue      # explore: an estimator to look through
+        missing = known - words - {'recon'}     # compare: the base of every comparison
+        assert not missing, f'{name(notebook)}: add {sorted(missing)} to the type of `{parameter}`'
+
 PARAMETERS = sorted(p for p in (NBS/'experiments').rglob('*.yaml'))
 
 @pytest.mark.parametrize('file', PARAMETERS, ids=lambda p: p.stem)

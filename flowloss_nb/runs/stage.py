@@ -51,7 +51,11 @@ class Stage:
         for net in (self.codec, self.estimator, self.judge): net is None or net.to(self.device)
 
 # %% ../../nbs/7_runs/03_stage.ipynb #2cf14272
-ESTIMATORS = ('small', 'raft_large', 'raft_small', 'dot')
+ESTIMATORS = {      # Name → its loader, from the folder of official weights and settings
+    'small': lambda weights, **settings: small_estimator(**settings),
+    'raft_large': lambda weights, **settings: load_torchvision(weights, 'large', **settings),
+    'raft_small': lambda weights, **settings: load_torchvision(weights, 'small', **settings),
+    'dot': lambda weights, **settings: load_dot(weights, **settings)}
 
 def choose_estimator(
     name:str='small',       # One of `ESTIMATORS`
@@ -61,12 +65,10 @@ def choose_estimator(
     "F by its name."
     if name not in ESTIMATORS:
         raise ValueError(f'unknown estimator {name!r}; known: {", ".join(ESTIMATORS)}')
-    if name == 'small': return small_estimator(**settings)
-    if weights is None: raise ValueError(
+    if weights is None and name != 'small': raise ValueError(
         f'estimator {name!r} needs official weights: give the folder they are in '
         '(experiments/cost/compare_estimators lists where to get them)')
-    if name == 'dot': return load_dot(weights, **settings)
-    return load_torchvision(weights, name.removeprefix('raft_'), **settings)
+    return ESTIMATORS[name](weights, **settings)
 
 # %% ../../nbs/7_runs/03_stage.ipynb #c007
 def with_flow(
