@@ -88,7 +88,7 @@ def make_adam(
 )->torch.optim.Optimizer:
     "AdamW, or its eight-bit version."
     settings = dict(lr=p.lr, betas=(p.beta1, p.beta2), weight_decay=p.weight_decay)
-    if not p.adam8: return torch.optim.AdamW(parameters, **settings)
+    if not p.adam8: return torch.optim.AdamW(parameters, fused=True, **settings)
     if p.cpu or not torch.cuda.is_available():
         raise ValueError('adam8 needs a GPU: leave it out, or train where there is one')
     try: from bitsandbytes.optim import AdamW8bit
