@@ -77,7 +77,7 @@ def check_video(
     return video
 
 # %% ../../nbs/1_basics/04_clips.ipynb #a4c10001
-KNOWN = ('flow', 'visible', 'flow_y', 'visible_y', 'tracks', 'latent')  # Of the pixels as they are
+KNOWN = ('flow', 'visible', 'flow_y', 'visible_y', 'tracks', 'latent', 'gripper') # Of these pixels
 
 def known_shapes(
     B:int,      # Clips
@@ -88,7 +88,7 @@ def known_shapes(
     "The shapes of a batch's optional entries."
     flow, visible = (B, T-1, 2, H, W), (B, T-1, H, W)
     return dict(flow=flow, visible=visible, flow_y=flow, visible_y=visible,
-                tracks=(B, T, None, 3), latent=(B, T, None, None, None))
+                tracks=(B, T, None, 3), latent=(B, T, None, None, None), gripper=(B, T, 2))
 
 # %% ../../nbs/1_basics/04_clips.ipynb #a4c10007
 def check_fit(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MOTION_STEP', 'DEPTH_STEP', 'Camera', 'project', 'unproject', 'pixel_grid', 'rotation', 'carry', 'Geometry',
            'rendered_flow', 'to_planes', 'from_planes', 'to_counts', 'pack_truth', 'unpack_truth', 'encode_frames',
-           'decode_frames', 'data_folder', 'read_manifest', 'read_checked', 'load_clips', 'save_clip', 'read_clip',
-           'load_folder']
+           'decode_frames', 'data_folder', 'read_manifest', 'read_checked', 'clip_facts', 'load_clips', 'save_clip',
+           'read_clip', 'load_folder']
 
 # %% ../../nbs/2_data/01_metaworld.ipynb #c003
 import hashlib, io, json, lzma
@@ -83,18 +83,19 @@ def carry(
 
 # %% ../../nbs/2_data/01_metaworld.ipynb #c019
 class Geometry(NamedTuple):
-    "Everything that determines the flow from frame 0."
+    "Everything that determines the flow from frame 0, and the hand's place."
     camera:Camera      # The clip's camera
     motion:np.ndarray  # (T-1,K,7) quaternion and shift of each mover from frame 0 to t
     part:np.ndarray    # (H,W) 0 still, k on the k-th mover
     depth:np.ndarray   # (H,W) metres along the forward axis, where part > 0
+    hand:np.ndarray|None=None # (T,3) the fingertips' place in the world, metres; None: not known
 
 # %% ../../nbs/2_data/01_metaworld.ipynb #c020
 def rendered_flow(
     geometry:Geometry, # Of one clip
 )->np.ndarray:         # (T-1,2,H,W) float32, pixels, frame 0 -> t, channel 0 = x
     "The exact flow of every pixel of frame 0 to all later frames, from the scene's geometry."
-    camera, motion, part, depth = geometry
+    camera, motion, part, depth, _ = geometry
     flow = np.zeros((len(motion), 2, *part.shape), np.float32)
     moves = part > 0
     start = pixel_grid(part.shape)[moves]
@@ -138,12 +139,15 @@ def pack_truth(
     inverse = np.concatenate([1 / g.depth[g.part > 0] for g in geometries])
     motion = np.concatenate([g.motion.transpose(1, 2, 0).ravel() for g in geometries])
     cameras = [[*c.place, *c.axes.ravel(), c.fovy] for c in (g.camera for g in geometries)]
+    hands = [g.hand for g in geometries]
+    known = all(hand is not None for hand in hands)
+    hand = to_planes(to_counts(np.stack(hands), MOTION_STEP)) if known else np.zeros((4, 0))
     buffer = io.BytesIO()
     np.savez(buffer, depth=to_planes(to_counts(inverse, DEPTH_STEP)),
              motion=to_planes(to_counts(motion, MOTION_STEP)),
              movers=np.array([g.motion.shape[1] for g in geometries]), camera=np.array(cameras),
              part=np.stack([g.part for g in geometries]), frames=visible.shape[1],
-             visible=np.packbits(visible.transpose(0, 2, 3, 1), axis=-1))
+             visible=np.packbits(visible.transpose(0, 2, 3, 1), axis=-1), hand=hand)
     return lzma.compress(buffer.getvalue(), preset=9 | lzma.PRESET_EXTREME)
 
 # %% ../../nbs/2_data/01_metaworld.ipynb #c032
@@ -157,12 +161,15 @@ def unpack_truth(
         return np.split(from_planes(d[name], np.int32) * step, counts.cumsum()[:-1])
     inverse = parts('depth', DEPTH_STEP, (part > 0).sum((1, 2)))
     motion = parts('motion', MOTION_STEP, d['movers'] * 7 * n)
-    geometries = []
-    for c, p, z, m in zip(d['camera'], part, inverse, motion):
+    hands, geometries = [None]*len(part), []
+    if 'hand' in d and d['hand'].size:
+        hands = (from_planes(d['hand'], np.int32) * MOTION_STEP).reshape(len(part), n + 1, 3)
+    for c, p, z, m, hand in zip(d['camera'], part, inverse, motion, hands):
         depth = np.full(p.shape, np.inf)
         depth[p > 0] = 1 / z
         camera = Camera(c[:3], c[3:12].reshape(3, 3), c[12])
-        geometries.append(Geometry(camera, m.reshape(-1, 7, n).transpose(2, 0, 1), p, depth))
+        motion = m.reshape(-1, 7, n).transpose(2, 0, 1)
+        geometries.append(Geometry(camera, motion, p, depth, hand))
     visible = np.unpackbits(d['visible'], axis=-1, count=n).astype(bool)
     return geometries, visible.transpose(0, 3, 1, 2)
 
@@ -234,6 +241,17 @@ def read_checked(
                          f'(SHA-256 {actual[:12]}…, expected {sha256[:12]}…); {advice}')
     return data
 
+# %% ../../nbs/2_data/01_metaworld.ipynb #15c00002
+def clip_facts(
+    geometry:Geometry,   # Of one clip
+    visible:np.ndarray,  # (T-1,H,W) bool
+)->dict:                 # 'flow', 'visible'; 'gripper' (T,2) px where the hand's place is known
+    "What the simulator knows of a clip, under a batch's keys."
+    facts = dict(flow=rendered_flow(geometry), visible=visible)
+    if geometry.hand is None: return facts
+    xy, _ = project(geometry.camera, geometry.hand, visible.shape[1:])
+    return facts | dict(gripper=xy.astype(np.float32))
+
 # %% ../../nbs/2_data/01_metaworld.ipynb #c043
 def load_clips(
     split:str,                 # 'train', 'validation' or 'test'
@@ -250,7 +268,7 @@ def load_clips(
     read = {k: read_checked(folder/v['name'], v['sha256']) for k, v in s['files'].items()}
     frames = decode_frames(read['video'], presets[preset]['frames'])
     geometries, visible = unpack_truth(read['truth'])
-    def truth(i): return dict(flow=rendered_flow(geometries[i]), visible=visible[i])
+    def truth(i): return clip_facts(geometries[i], visible[i])
     return ClipSet(frames, s['prompts'], s['ids'], truth)
 
 # %% ../../nbs/2_data/01_metaworld.ipynb #c051
@@ -262,11 +280,12 @@ def save_clip(
     visible:np.ndarray,  # (T-1,H,W) bool
 ):
     "Save one clip with its truth."
-    cam, motion, part, depth = geometry
+    cam, motion, part, depth, hand = geometry
+    own = {} if hand is None else dict(hand=hand)
     with atomic_path(path) as temp:
         np.savez_compressed(temp, frames=frames, prompt=prompt, motion=motion, part=part,
                             depth=depth.astype(np.float32), visible=visible,
-                            place=cam.place, axes=cam.axes, fovy=cam.fovy)
+                            place=cam.place, axes=cam.axes, fovy=cam.fovy, **own)
 
 # %% ../../nbs/2_data/01_metaworld.ipynb #c052
 def read_clip(
@@ -275,7 +294,7 @@ def read_clip(
     "Undo `save_clip`."
     with np.load(path) as d:
         camera = Camera(d['place'], d['axes'], float(d['fovy']))
-        geometry = Geometry(camera, d['motion'], d['part'], d['depth'])
+        geometry = Geometry(camera, d['motion'], d['part'], d['depth'], d.get('hand'))
         return d['frames'], str(d['prompt']), geometry, d['visible']
 
 # %% ../../nbs/2_data/01_metaworld.ipynb #c053
@@ -292,5 +311,5 @@ def load_folder(
     frames, prompts, geometries, visible = zip(*map(read_clip, paths))
     if len(shapes := {f.shape for f in frames}) > 1:
         raise ValueError(f'clips in {folder} differ in shape: {sorted(shapes)}')
-    def truth(i): return dict(flow=rendered_flow(geometries[i]), visible=visible[i])
+    def truth(i): return clip_facts(geometries[i], visible[i])
     return ClipSet(np.stack(frames), list(prompts), [p.stem for p in paths], truth)

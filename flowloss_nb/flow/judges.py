@@ -26,7 +26,7 @@ from .estimators import WEIGHTS
 def nearby_costs(
     f1:Tensor,      # Source features `(B,D,h,w)`
     f2:Tensor,      # Target features `(B,D,h,w)`
-    radius:int=3,   # r, cells
+    radius:int=2,   # r, cells
 )->Tensor:          # `(B,(2r+1)²,h,w)`, shifts in rows from the upper left; 0 outside
     "Matching costs of each place with the places around it."
     k, (h, w) = 2*radius + 1, f1.shape[-2:]
@@ -60,7 +60,7 @@ class Pyramid(nn.Module):
     "Flow and visibility from coarse to fine."
     def __init__(self,
         widths:tuple=(16, 24, 40, 64),  # Channels of the levels, the finest first
-        radius:int=3,                   # Of the costs, cells of each level
+        radius:int=2,                   # Of the costs, cells of each level
         hidden:int=48,                  # Channels that pass from level to level
         masks:int=48,                   # Width of the upsampling head
     ):

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['VARIED', 'FIXED', 'DOUBT', 'NOTE', 'Setting', 'prompts', 'Studio', 'Plan', 'two_toys', 'draw_way', 'roll_once',
            'roll_often', 'make_plan', 'follow_action', 'choose_view', 'mark_view', 'quaternion', 'Poses',
-           'motion_between', 'follow_pixels', 'depth_slope', 'is_visible', 'find_movers', 'gripper_path', 'Shot',
-           'shoot', 'ambient_light', 'clip_truth', 'make_some', 'make_clips', 'pack_split', 'pack_clips', 'cast_rays',
-           'film']
+           'motion_between', 'follow_pixels', 'depth_slope', 'is_visible', 'find_movers', 'hand_path', 'Shot', 'shoot',
+           'ambient_light', 'clip_truth', 'make_some', 'make_clips', 'pack_split', 'pack_clips', 'cast_rays', 'film']
 
 # %% ../../nbs/8_simulator/02_generator.ipynb #c003
 import hashlib, json, multiprocessing
@@ -306,16 +305,15 @@ def find_movers(
     return np.stack(movers, 1) if movers else np.zeros((len(motion), 0, 7)), label[geom]
 
 # %% ../../nbs/8_simulator/02_generator.ipynb #15a00105
-def gripper_path(
+def hand_path(
     studio:Studio, # Of the task
     plan:Plan,     # Of a clip of its
-)->np.ndarray:     # (T,2) pixels, x first
+)->np.ndarray:     # (T,3) metres
     "The place of the fingertips in every frame."
-    path, data = [], studio.env.data
+    path = []
     for i in plan.rows:
         pose(studio.env, plan.rollout, i)
-        camera = look_at(studio.raster, data, plan.view)
-        path.append(project(camera, data.site('endEffector').xpos, studio.size)[0])
+        path.append(studio.env.data.site('endEffector').xpos.copy())
     return np.array(path)
 
 # %% ../../nbs/8_simulator/02_generator.ipynb #c038
@@ -326,6 +324,7 @@ class Shot(NamedTuple):
     poses:list         # (T,) Poses
     maps:list          # (T,) depth and geom at three times the size
     prompt:str         # The task in words
+    hand:np.ndarray    # (T,3) the fingertips' place, metres
 
 # %% ../../nbs/8_simulator/02_generator.ipynb #c039
 def shoot(
@@ -343,7 +342,7 @@ def shoot(
         frames.append(shrink(draw_rgb(studio.raster, (k*H, k*W)), k))
         poses.append(Poses(data.geom_xpos.copy(), data.geom_xmat.reshape(-1, 3, 3).copy()))
         maps.append(draw_depth(studio.raster, (3*H, 3*W)))
-    return Shot(np.stack(frames), camera, poses, maps, plan.prompt)
+    return Shot(np.stack(frames), camera, poses, maps, plan.prompt, hand_path(studio, plan))
 
 def ambient_light(
     scene:'mujoco.MjvScene', # After `look_at`
@@ -364,7 +363,8 @@ def clip_truth(
     for there, drawn in zip(shot.poses[1:], shot.maps[1:]):
         xy, z = follow_pixels(shot.camera, depth, geom, motion_between(shot.poses[0], there))
         visible.append(is_visible(xy, z, geom, *drawn))
-    return Geometry(shot.camera, motion, part, np.where(part > 0, depth, np.inf)), np.stack(visible)
+    depth = np.where(part > 0, depth, np.inf)
+    return Geometry(shot.camera, motion, part, depth, shot.hand), np.stack(visible)
 
 # %% ../../nbs/8_simulator/02_generator.ipynb #c045
 def make_some(
