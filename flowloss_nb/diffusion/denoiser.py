@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from ..basics.clips import full_precision
 from .codecs import Codec
 from .conditioning import FiLM, ImageToken, NO_CONDITION, drop_conditions
-from .edm import denoise, guide, hold_first, sample, sigma_schedule
+from .edm import (
+    denoise, guide, hold_first, per_clip, sample, sigma_schedule)
 
 # %% ../../nbs/4_diffusion/05_denoiser.ipynb #7d1e0e02
 @runtime_checkable
@@ -140,10 +141,11 @@ class Denoiser(nn.Module):
         joint:bool=False,                       # Normalise a clip's tokens together (This&That)
         ids:tuple=(0., 0., 0.),                 # Frames a second, motion bucket, noise on frame 0
         sigma_range:tuple=(.02, 80.),           # Smallest and largest σ of sampling; SVD: .002, 700
+        fade:float|None=None,                   # σ₀, from where the UNet sees less of x; None: all
     ):
         super().__init__()
         self.unet, self.text, self.image = quicken(unet), text, image
-        self.gain, self.joint, self.ids = gain, joint, tuple(ids)
+        self.gain, self.joint, self.ids, self.fade = gain, joint, tuple(ids), fade
         self.sigma_range = list(sigma_range)    # a list is no part of net_hash: D works at every σ
         channels = [b.spatial_res_block.out_channels for b in res_blocks(unet)]
         self.film = nn.ModuleList(FiLM(film, n) for n in channels if film)
@@ -171,10 +173,15 @@ class Denoiser(nn.Module):
 
     def raw(self, u, c, cond):
         "F_x of the scaled latents u, ln(σ)/4 and conditions."
-        out = self.run_unet(u, c, cond['tokens'], cond['first'], cond['pooled'])
+        sigma = per_clip((4*c).exp(), u)
+        seen = (u / (1 + (sigma/self.fade)**2).sqrt()).to(u) if self.fade else u
+        out = self.run_unet(seen, c, cond['tokens'], cond['first'], cond['pooled'])
         if not self.gain: return -out
-        offset, gain = out.chunk(2, 2)
-        return offset + gain*u
+        offset, gain, *mask = out.split(u.shape[2], 2)
+        F_x = offset + gain*u
+        if not mask: return F_x
+        skip = u/sigma
+        return (mask[0] + 2).sigmoid() * (F_x + skip) - skip
 
     def run_unet(self, u, c, tokens, first, pooled):
         "The UNet in its own dtype, FiLM included; D is combined in x's."
@@ -196,12 +203,17 @@ def small_denoiser(
     gain:bool=True,                         # As `Denoiser`
     film:bool=True,                         # Modulate by the pooled prompt
     seed:int=0,                             # Of the initial weights
+    mask:bool=False,                        # One more output: a mask for each place; needs `gain`
+    fade:float|None=None,                   # As `Denoiser`
 )->Denoiser:
     "The small denoiser, seeded without using the global generator."
+    if mask and not gain: raise ValueError('a mask needs offset and gain: leave gain=True')
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet = small_unet(channels + first_channels, channels*(1 + gain), widths, attends, layers)
-        return Denoiser(unet, text, ImageToken(first_channels, 64), gain, 64 if film else None)
+        out = channels*(1 + gain) + mask
+        unet = small_unet(channels + first_channels, out, widths, attends, layers)
+        image, width = ImageToken(first_channels, 64), 64 if film else None
+        return Denoiser(unet, text, image, gain, width, fade=fade)
 
 # %% ../../nbs/4_diffusion/05_denoiser.ipynb #c022
 @torch.no_grad()
