@@ -6,15 +6,16 @@
 __all__ = ['NAMES', 'COPY', 'MEAN', 'RIVALS', 'OWN', 'arm_name', 'conditions', 'check_alike', 'arms', 'finite', 'over_seeds',
            'verdict', 'difference_words', 'over_clips', 'on_test', 'at_step', 'over_steps', 'at_steps', 'with_copy',
            'without_copy', 'shared_measures', 'compare_all', 'level_rows', 'strategy_rows', 'headed', 'floor_row',
-           'missing_distances', 'rows_at', 'with_interval', 'clip_rows', 'fooled', 'seeds_in_words', 'reservations',
-           'protocol_words']
+           'missing_distances', 'rows_at', 'with_interval', 'clip_rows', 'fooled', 'holm', 'holm_rows',
+           'seeds_in_words', 'reservations', 'protocol_words']
 
 # %% ../../nbs/6_evaluation/07_comparison.ipynb #f382f3ce
 import math
 from collections.abc import Callable
 from statistics import mean
 import torch
-from .metrics import bootstrap_interval, paired_interval
+from .metrics import (
+    bootstrap_interval, check_level, paired_interval, paired_p)
 from .pages import in_words
 from .records import (
     EARLIER, is_number, mean_record, measured_ratio, MEASURES, Quantity, still_record)
@@ -94,7 +95,7 @@ def over_seeds(
     arm:dict[int, dict],    # Seed → record
     base:dict[int, dict],   # What it is compared with
     value:Callable,         # Record → number; None or NaN where there is none
-)->dict:                    # mean, seeds, pairs; base, difference, level; low, high
+)->dict:                    # mean, seeds, pairs; base, difference, level; low, high, p
     "A mean, its paired difference to the base, and the level beside the base's mean."
     a, b = (finite({s: value(r) for s, r in runs.items()}) for runs in (arm, base))
     shared = sorted(set(a) & set(b))
@@ -107,7 +108,7 @@ def over_seeds(
     out |= dict(base=float(y.mean()), difference=difference, level=level)
     if len(shared) < 2: return out
     interval = paired_interval(x, y)
-    return out | dict(low=interval['low'], high=interval['high'])
+    return out | dict(low=interval['low'], high=interval['high'], p=paired_p(x, y))
 
 # %% ../../nbs/6_evaluation/07_comparison.ipynb #ea0ab698
 def verdict(
@@ -315,6 +316,41 @@ def fooled(
     still = next(iter(by[COPY].values()))['test']
     ahead = lambda k, m: all(m.better*(still[k] - test[k]) > 0 for test in runs)
     return [k for k, m in shared_measures(by).items() if is_number(still.get(k)) and ahead(k, m)]
+
+# %% ../../nbs/6_evaluation/07_comparison.ipynb #5e150202
+def holm(
+    p_values:dict|list, # One for each hypothesis of the family
+    level:float=.05,    # Chance of any false rejection
+)->dict:                # Name (or place) → p, adjusted, rejected
+    "Holm's step-down correction."
+    check_level(level)
+    named = p_values if isinstance(p_values, dict) else dict(enumerate(p_values))
+    for name, p in named.items():
+        if not 0 <= p <= 1: raise ValueError(f'the p value of {name} is {p}: it lies in 0..1')
+    found, highest = {}, 0.
+    for i, name in enumerate(sorted(named, key=named.get)):
+        highest = max(highest, min(1., (len(named) - i)*named[name]))
+        found[name] = dict(p=named[name], adjusted=highest, rejected=highest <= level)
+    return {name: found[name] for name in named}
+
+# %% ../../nbs/6_evaluation/07_comparison.ipynb #5e150208
+def holm_rows(
+    by:dict,                # From `arms` or `with_copy`
+    keys:list[str],         # Of `MEASURES`: the measures of the family
+    base:str='recon only',  # What is compared with
+    value_of:Callable=on_test, # Key → (record → number)
+    level:float=.05,        # Chance of any false finding, 0.05 at most
+)->list[dict]:              # A row for each strategy and measure
+    "Differences paired by seed, with raw and corrected p values."
+    compare = lambda name, k: over_seeds(by[name], by[base], value_of(k))
+    every = {(name, k): compare(name, k) for name in with_interval(by, base) for k in keys}
+    results = {pair: r for pair, r in every.items() if 'p' in r}
+    tested = holm({pair: r['p'] for pair, r in results.items()}, level)
+    shown = lambda pair: verdict(results[pair], MEASURES[pair[1]].better)
+    return [{'strategy': name, 'measure': MEASURES[k].label, 'pairs': r['pairs'],
+             'difference': difference_words(r), 'p': r['p'], 'p, Holm': test['adjusted'],
+             'verdict': shown((name, k)) if test['rejected'] else 'no difference shown'}
+            for ((name, k), r), test in zip(results.items(), tested.values())]
 
 # %% ../../nbs/6_evaluation/07_comparison.ipynb #70aa000d
 def seeds_in_words(

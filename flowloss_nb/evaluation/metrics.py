@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['on_screen', 'broken_clips', 'check_units', 'as_shown', 'clip_mean', 'to_psnr', 'psnr', 'ssim', 'changed',
            'psnr_changed', 'flicker', 'check_flows', 'motion_epe', 'motion_ratio', 'energy_score', 'copy_first',
-           'clip_measures', 'summarise', 'paired_differences', 'check_level', 'paired_interval', 'bootstrap_interval']
+           'clip_measures', 'summarise', 'paired_differences', 'check_level', 'paired_interval', 'paired_p',
+           'bootstrap_interval']
 
 # %% ../../nbs/6_evaluation/01_metrics.ipynb #c003
 import itertools, math
@@ -278,6 +279,17 @@ def paired_interval(
     quantile = float(student_t.ppf((1 + level)/2, len(d) - 1))
     mean, half = d.mean().item(), quantile*d.std().item()/math.sqrt(len(d))
     return dict(mean=mean, low=mean - half, high=mean + half, n=len(d), skipped=len(a) - len(d))
+
+# %% ../../nbs/6_evaluation/01_metrics.ipynb #5e150211
+def paired_p(
+    a:Tensor, # One value per pair `(N,)`: a seed's mean
+    b:Tensor, # The other value of each pair `(N,)`
+)->float:     # In 0..1
+    "Two-sided p value of Student's t over paired differences."
+    d = paired_differences(a, b)
+    error = d.std().item()/math.sqrt(len(d))
+    if not error: return 0. if d.mean() else 1.
+    return float(2*student_t.sf(abs(d.mean().item())/error, len(d) - 1))
 
 # %% ../../nbs/6_evaluation/01_metrics.ipynb #c061
 def bootstrap_interval(
