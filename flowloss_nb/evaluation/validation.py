@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CURVES', 'fixed_noise', 'first_noise', 'denoise_clips', 'sample_clips', 'mean_clips', 'clip_energy', 'sigma_curves',
-           'save_samples', 'keep_clips', 'kept_clips', 'measure', 'place', 'evaluations', 'validation_share',
-           'make_validation', 'judge_clips']
+           'clip_level', 'curve_rows', 'save_samples', 'keep_clips', 'kept_clips', 'measure', 'place', 'evaluations',
+           'validation_share', 'make_validation', 'judge_clips']
 
 # %% ../../nbs/6_evaluation/04_validation.ipynb #c003
 from collections.abc import Callable, Iterable
@@ -22,7 +22,7 @@ from ..flow.fields import moving
 from ..diffusion.edm import per_clip, split_output
 from ..training.step import stream
 from .metrics import (
-    clip_measures, copy_first, energy_score, on_screen, summarise)
+    bootstrap_interval, clip_measures, copy_first, energy_score, on_screen, summarise)
 
 # %% ../../nbs/6_evaluation/04_validation.ipynb #c006
 def fixed_noise(
@@ -132,6 +132,30 @@ def sigma_curves(
         batches.append([clip_measures(y_hat, batch, judge=judge) for y_hat in drawn])
     gather = lambda name, at: torch.cat([levels[at][name].double().cpu() for levels in batches])
     return {k: torch.stack([gather(k, at) for at in range(len(sigmas))]) for k in CURVES}
+
+# %% ../../nbs/6_evaluation/04_validation.ipynb #5e150121
+def clip_level(
+    values:Tensor,           # One value per clip `(N,)`
+    floor:Tensor|None=None,  # Subtracted clip by clip; None: nothing
+)->dict[str, float]:         # mean, low, high (95 %, bootstrap over clips), n
+    "The mean over clips, with its interval."
+    values = torch.as_tensor(values)
+    below = torch.zeros_like(values) if floor is None else floor
+    interval = bootstrap_interval(values, below, torch.Generator().manual_seed(0))
+    return {k: interval[k] for k in ('mean', 'low', 'high', 'n')}
+
+def curve_rows(
+    sigmas:list[float],      # Noise levels
+    curves:dict[str, Tensor], # From `sigma_curves`
+    floor:Tensor,            # The judge's error on the true clips, `(N,)`
+)->list[dict]:               # σ, and `clip_level` of each measure and 'above the floor'
+    "Curves over σ as rows, with intervals over clips."
+    rows = []
+    for at, sigma in enumerate(sigmas):
+        levels = {name: clip_level(values[at]) for name, values in curves.items()}
+        above = clip_level(curves['epe_moving'][at], floor)
+        rows.append({'sigma': sigma} | levels | {'above the floor': above})
+    return rows
 
 # %% ../../nbs/6_evaluation/04_validation.ipynb #c018
 def save_samples(
