@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CURVES', 'fixed_noise', 'first_noise', 'denoise_clips', 'sample_clips', 'mean_clips', 'clip_energy', 'sigma_curves',
            'clip_level', 'curve_rows', 'save_samples', 'keep_clips', 'kept_clips', 'measure', 'place', 'evaluations',
-           'validation_share', 'make_validation', 'judge_clips']
+           'validation_share', 'references', 'make_validation', 'judge_clips']
 
 # %% ../../nbs/6_evaluation/04_validation.ipynb #c003
 from collections.abc import Callable, Iterable
@@ -237,6 +237,15 @@ def validation_share(
     return validating/(validating + training)
 
 # %% ../../nbs/6_evaluation/04_validation.ipynb #c028
+def references(
+    batches:list[dict], # True clips
+    judged:Callable,    # Clips batch by batch, name → dict of numbers
+)->dict[str, float]:    # 'copy/…', and of 'floor/…' what the judge measures
+    "What doesn't depend on the denoiser."
+    floor = judged([b['video'] for b in batches], 'floor')
+    motion = {k: v for k, v in floor.items() if 'epe' in k or 'motion' in k}
+    return judged(map(copy_first, batches), 'copy') | motion
+
 def make_validation(
     clips:Dataset,              # Validation clips
     indices:list[int],          # Which of them; few, since this runs while training
@@ -255,15 +264,10 @@ def make_validation(
     batches = [take(clips, indices[i:i + size]) for i in range(0, len(indices), size)]
     known, basis = [], {}
     def judged(drawn, name): return measure(drawn, batches, name, estimator, judge, known)
-    def prepare(device):
-        place(batches, device)
-        if estimator and not known: known.extend(estimator(b['video']) for b in batches)
-        if basis: return
-        floor = judged([b['video'] for b in batches], 'floor')
-        basis.update(judged(map(copy_first, batches), 'copy'))
-        basis.update({k: v for k, v in floor.items() if 'epe' in k or 'motion' in k})
     def validate(denoiser, step):
-        prepare(next(denoiser.parameters()).device)
+        place(batches, next(denoiser.parameters()).device)
+        if estimator and not known: known.extend(estimator(b['video']) for b in batches)
+        if not basis: basis.update(references(batches, judged))
         out = dict(basis)
         for s in sigmas:
             denoised = [denoise_clips(denoiser, codec, b, s, seed)['y_hat'] for b in batches]

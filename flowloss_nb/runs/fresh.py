@@ -72,6 +72,7 @@ def clip_hashes(
     "The hashes of a folder's clips."
     return {p.name: file_hash(p) for p in sorted(Path(folder).glob('[!.]*.npz'))}
 
+# %% ../../nbs/7_runs/08_fresh.ipynb #5e150619
 def render_fresh(
     folder:Path,     # Empty, or of an interrupted rendering
     protocol:dict,   # From `frozen`
