@@ -28,6 +28,7 @@ SMALL = {   # as little as shows every line
     'fig1_framework': {},
     'fig2_weights': dict(levels=1, draws=100),
     'fig3_noise': dict(clips=1, sigmas=[.5]),
+    'where_motion': dict(sigmas=[.5], sample_steps=1),
     'plan_scale': {},
     'full_size_step': {}}
 # draw what is recorded, and compute nothing

@@ -188,6 +188,7 @@ PATHS = dict(
     prepare_bridge=('source', 'out'), train=('warm_start', 'weights'), compare=('warm_start', 'weights'),
     strategy=('weights',),
     explore=('folder', 'weights'), report=('folder',), fig3_noise=('folder', 'weights'),
+    where_motion=('folder', 'weights'),
     plan_scale=('small_svd',), train_estimator=('extra', 'init'), compare_estimators=('weights',),
     bench_step=('warm_start',))
 

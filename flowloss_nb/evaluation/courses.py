@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['shows', 'verdicts', 'crossed', 'stands_at', 'lag', 'lags', 'lag_words', 'stands_words', 'judged_words', 'first_part',
            'course_rows', 'motion_key', 'last_levels', 'still_falling', 'arrows', 'labels', 'end_rows',
-           'curve_sentences']
+           'curve_sentences', 'by_budget', 'budget_rows']
 
 # %% ../../nbs/6_evaluation/08_courses.ipynb #85aa0004
 from collections.abc import Callable, Iterable
 from statistics import mean
 from .records import MEASURES
-from flowloss_nb.evaluation.comparison import (
-    at_step, at_steps, difference_words, fooled, over_seeds, over_steps, shared_measures, verdict,
-    without_copy)
+from .comparison import (
+    arms, at_step, at_steps, difference_words, fooled, on_test, over_seeds, over_steps,
+    shared_measures, verdict, without_copy)
 
 # %% ../../nbs/6_evaluation/08_courses.ipynb #c093955c
 def shows(
@@ -72,7 +72,8 @@ def lag(
     base:str='recon only', # What is compared with
 )->dict:                # low, high: steps; by n measures of how many
     "Between which steps the base was where a strategy ends, by all measures of samples."
-    keys = shared_measures(by, curve=True, denoised=False)
+    shared = shared_measures(by, curve=True, denoised=False)
+    keys = [k for k, m in shared.items() if m.better]
     steps = [stands_at(by[name], by[base], k)['step'] for k in keys]
     there = [s for s in steps if s is not None]
     low, high = min(there, default=None), max(there, default=None)
@@ -219,3 +220,26 @@ def curve_sentences(
         lines.append(f'Training goes on: {MEASURES[moves].label} of {base} '
                      f'at the last three validations is {arrows(levels)}')
     return lines
+
+# %% ../../nbs/6_evaluation/08_courses.ipynb #5e150402
+def by_budget(
+    runs:list[dict],        # From `read_sweep`
+    base:str='recon only',  # What others are compared with
+)->dict[int, dict]:         # Steps, increasing → `arms`
+    "The runs of each budget, by strategy and seed."
+    steps = sorted({r['protocol']['steps'] for r in runs})
+    return {n: arms([r for r in runs if r['protocol']['steps'] == n], base) for n in steps}
+
+def budget_rows(
+    budgets:dict[int, dict], # From `by_budget`
+    keys:list[str],         # Of `MEASURES`, on the test split
+    base:str='recon only',  # What is compared with
+)->list[dict]:              # The base's levels, then differences; `headed` prints them
+    "What the base has at each budget, and the differences of every strategy."
+    def row(name, steps, by):
+        results = {k: over_seeds(by[name], by[base], on_test(k)) for k in keys}
+        shown = {k: r['mean'] for k, r in results.items()} if name == base else results
+        return {'strategy': name, 'steps': steps, 'seeds': len(by[name])} | shown
+    names = dict.fromkeys([base, *(name for by in budgets.values() for name in by)])
+    there = lambda name: [(n, by) for n, by in budgets.items() if {name, base} <= {*by}]
+    return [row(name, n, by) for name in names for n, by in there(name)]

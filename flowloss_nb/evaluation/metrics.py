@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['on_screen', 'broken_clips', 'check_units', 'as_shown', 'clip_mean', 'to_psnr', 'psnr', 'ssim', 'changed',
-           'psnr_changed', 'flicker', 'check_flows', 'motion_epe', 'copy_first', 'clip_measures', 'summarise',
-           'paired_differences', 'check_level', 'paired_interval', 'bootstrap_interval']
+           'psnr_changed', 'flicker', 'check_flows', 'motion_epe', 'motion_ratio', 'energy_score', 'copy_first',
+           'clip_measures', 'summarise', 'paired_differences', 'check_level', 'paired_interval', 'paired_p',
+           'bootstrap_interval']
 
 # %% ../../nbs/6_evaluation/01_metrics.ipynb #c003
-import math
+import itertools, math
 from collections.abc import Callable
 import torch
 from scipy.stats import t as student_t
@@ -166,6 +167,35 @@ def motion_epe(
     error, moves = epe(flow_hat, flow), moving(flow, threshold)
     return dict(epe_all=clip_mean(error), epe_moving=clip_mean(error, moves & visible))
 
+# %% ../../nbs/6_evaluation/01_metrics.ipynb #5e150002
+def motion_ratio(
+    flow_hat:Tensor,       # F′(ŷ) `(B,T-1,2,H,W)` in pixels
+    flow:Tensor,           # Exact flow, same shape
+    visible:Tensor,        # Exact visibility `(B,T-1,H,W)` bool
+    threshold:float=0.5,   # Pixels; what truly moves less counts as static
+)->Tensor:                 # `(B,)`; 1: as much motion as there is; NaN where nothing moves
+    "Mean length of the flow where something moves, relative to the true one."
+    check_flows(flow_hat, flow, visible)
+    mask = moving(flow, threshold) & visible
+    length = lambda f: clip_mean(torch.linalg.vector_norm(full_precision(f), dim=2), mask)
+    return length(flow_hat) / length(flow)
+
+# %% ../../nbs/6_evaluation/01_metrics.ipynb #5e150006
+def energy_score(
+    flows:Tensor,   # F′ of S ≥ 2 samples of each clip, `(S,B,K,2,H,W)` in pixels
+    flow:Tensor,    # Exact flow `(B,K,2,H,W)`
+    mask:Tensor,    # Pixels that count, `(B,K,H,W)` bool: moving visible ones, or all
+)->Tensor:          # Pixels, `(B,)`; less is better; NaN where no pixel counts
+    "The energy score of each clip's flow, unbiased."
+    if flows.ndim != 6 or len(flows) < 2:
+        raise ValueError("the energy score needs flows (S,B,K,2,H,W) of S ≥ 2 samples, "
+                         f"got {tuple(flows.shape)}")
+    for sample in flows: check_flows(sample, flow, mask)
+    error = lambda a, b: clip_mean(epe(a, b), mask)
+    to_truth = torch.stack([error(sample, flow) for sample in flows])
+    apart = torch.stack([error(a, b) for a, b in itertools.combinations(flows, 2)])
+    return to_truth.mean(0) - apart.mean(0)/2
+
 # %% ../../nbs/6_evaluation/01_metrics.ipynb #c044
 def copy_first(
     batch:dict, # Clip batch
@@ -196,6 +226,7 @@ def clip_measures(
         if {'flow', 'visible'} <= set(batch) and (judge or estimator):
             judged = judge(shown)[0] if judge else flow_hat
             out |= motion_epe(judged, batch['flow'], batch['visible'])
+            out['motion_ratio'] = motion_ratio(judged, batch['flow'], batch['visible'])
     return out
 
 # %% ../../nbs/6_evaluation/01_metrics.ipynb #c051
@@ -248,6 +279,17 @@ def paired_interval(
     quantile = float(student_t.ppf((1 + level)/2, len(d) - 1))
     mean, half = d.mean().item(), quantile*d.std().item()/math.sqrt(len(d))
     return dict(mean=mean, low=mean - half, high=mean + half, n=len(d), skipped=len(a) - len(d))
+
+# %% ../../nbs/6_evaluation/01_metrics.ipynb #5e150211
+def paired_p(
+    a:Tensor, # One value per pair `(N,)`: a seed's mean
+    b:Tensor, # The other value of each pair `(N,)`
+)->float:     # In 0..1
+    "Two-sided p value of Student's t over paired differences."
+    d = paired_differences(a, b)
+    error = d.std().item()/math.sqrt(len(d))
+    if not error: return 0. if d.mean() else 1.
+    return float(2*student_t.sf(abs(d.mean().item())/error, len(d) - 1))
 
 # %% ../../nbs/6_evaluation/01_metrics.ipynb #c061
 def bootstrap_interval(

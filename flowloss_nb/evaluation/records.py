@@ -6,7 +6,8 @@
 __all__ = ['MEASURES', 'OFFICIAL', 'TRAINING', 'RECORD', 'EARLIER', 'NEEDED', 'results', 'recorded', 'recorded_like', 'Quantity',
            'all_measures', 'try_measures', 'kept_distances', 'open_below', 'open_share', 'average_flops', 'thinned',
            'is_number', 'run_record', 'measured_ratio', 'uncommitted', 'check_record', 'set_values', 'read_record',
-           'read_sweep', 'recorded_sweep', 'still_sets', 'still_record', 'hundreds', 'keep_clip_files', 'record_sweep']
+           'read_sweep', 'recorded_sweep', 'still_sets', 'rival_line', 'still_record', 'mean_record', 'hundreds',
+           'keep_clip_files', 'record_sweep']
 
 # %% ../../nbs/6_evaluation/06_records.ipynb #60aa0004
 import math, shutil
@@ -61,9 +62,9 @@ def recorded_like(
 class Quantity(NamedTuple):
     "The quantity behind a key of a record."
     label:str       # Of a column or a panel
-    better:int      # 1: more is better, -1: less is better
+    better:int      # 1: more is better, -1: less is better, 0: neither (1 is right)
     of:str          # 'sample': one by one; 'set': all at once; 'denoise': denoised in one step
-    name:str        # 'psnr', 'FVD', …; `copy/NAME` and `floor/NAME` in a record measure the same
+    name:str        # 'psnr', …; a record's `copy/NAME`, `mean/NAME`, `floor/NAME` are the same
     sigma:str=''    # Noise level of denoised clips
     def denoised(self, sigma:str)->'Quantity':
         "The same quantity of clips denoised in one step."
@@ -76,6 +77,8 @@ MEASURES = {f'{of}/{name}': Quantity(label, better, of, name) for of, name, labe
     *[('set', name, name, -1) for name in ('LPIPS', 'FID', 'FVD', 'KD-lite0', 'KVD-lite0')],
     ('sample', 'flow_error', 'L_flow/λ, px²', -1),
     ('sample', 'epe_moving', 'motion error, px', -1),
+    ('sample', 'energy_moving', 'energy score, px', -1),
+    ('sample', 'motion_ratio', 'motion ratio', 0),
     ('sample', 'flicker', 'flicker', -1)]}
 MEASURES |= {f'denoise/{sigma}/{name}': MEASURES[f'sample/{name}'].denoised(sigma)
              for name in ('flow_error', 'epe_moving', 'psnr_changed')
@@ -314,15 +317,29 @@ def still_sets(
     alike = lambda k: k in protocols and seedless(later[k]['protocol']) == seedless(protocols[k])
     return set_values({k: v for k, v in later.items() if alike(k)})
 
+def rival_line(
+    line:dict,      # Of a record: its test, or a validation
+    rival:str,      # 'copy' or 'mean'
+)->dict:            # The same keys, as if the samples were the rival's; None where it lacks one
+    "A rival's numbers in the places of the samples'."
+    name = lambda m: 'epe_moving' if m.name == 'energy_moving' else m.name
+    return {k: line.get(f'{rival}/{name(m)}') for k, m in MEASURES.items() if m.of != 'set'}
+
 def still_record(
     record:dict,    # Of a run
 )->dict:            # The same, as if its samples were copies of frame 0
     "The record of copying frame 0, beside a run's."
-    copies = {k: f'copy/{m.name}' for k, m in MEASURES.items() if m.of != 'set'}
-    def still(line, split):
-        return still_sets(record, split) | {k: line.get(copy) for k, copy in copies.items()}
+    still = lambda line, split: still_sets(record, split) | rival_line(line, 'copy')
     curve = [{'step': line['step']} | still(line, 'validation') for line in record['curve']]
     return record | dict(strategy='copy', curve=curve, test=still(record['test'], 'test'))
+
+def mean_record(
+    record:dict,    # Of a run
+)->dict|None:       # The same, as if its samples were one-step means; None if they weren't measured
+    "The record of the one-step mean, beside a run's."
+    if not any(k.startswith('mean/') for k in record['test']): return None
+    curve = [{'step': line['step']} | rival_line(line, 'mean') for line in record['curve']]
+    return record | dict(strategy='mean', curve=curve, test=rival_line(record['test'], 'mean'))
 
 # %% ../../nbs/6_evaluation/06_records.ipynb #3b4dcf92
 def hundreds(

@@ -54,6 +54,7 @@ class TrainState:
     last_finite:int = 0          # The last step whose loss and gradient were finite
     last_loss:float = 0.         # Its loss
     compute_seconds:float = 0.   # Time of steps, without validation, saving and gradient ratios
+    validation_seconds:float = 0. # Time of validations
     scaler:object = None         # Of the loss, in fp16
     def core(self):
         "The denoiser without the wrappers that training adds."
@@ -339,10 +340,15 @@ def validation_line(
     validate:Callable, # averaged denoiser, step → dict of numbers
 )->dict:              # A line for the log
     "Call `validate` for numbers, without a trace in training."
+    start = time.perf_counter()
     with torch.no_grad(), torch.random.fork_rng(): numbers = validate(state.ema.eval(), state.step)
     state.denoiser.train()
-    about = {'kind': 'validation', 'step': state.step, 'compute_seconds': state.compute_seconds}
-    return about | numbers
+    state.validation_seconds += time.perf_counter() - start
+    spent = state.compute_seconds + state.validation_seconds
+    clock = {'compute_seconds': state.compute_seconds,
+             'validation_seconds': state.validation_seconds,
+             'validation_share_of_seconds': state.validation_seconds/spent}
+    return {'kind': 'validation', 'step': state.step} | clock | numbers
 
 # %% ../../nbs/5_training/05_trainer.ipynb #c051
 def too_many_skips(
