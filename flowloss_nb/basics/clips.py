@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['KNOWN', 'to_float', 'to_uint8', 'full_precision', 'check_video', 'known_shapes', 'check_fit', 'check_batch',
            'resample_frames', 'thisthat_frames', 'resize_video', 'write_video', 'check_encodable', 'rgb_picture',
-           'video_stream', 'read_video', 'ClipSet', 'collate', 'take', 'spread', 'batch_indices', 'one_line',
+           'video_stream', 'read_video', 'ClipSet', 'joined', 'collate', 'take', 'spread', 'batch_indices', 'one_line',
            'show_clip', 'contact_sheet']
 
 # %% ../../nbs/1_basics/04_clips.ipynb #c003
+from bisect import bisect_right
 from collections.abc import Callable
 from fractions import Fraction
+from itertools import accumulate
 from pathlib import Path
 import av
 import matplotlib.pyplot as plt
@@ -275,6 +277,21 @@ class ClipSet(Dataset):
         truth = (lambda j: self.known_truth(n[j])) if self.truth else None
         prompts, ids = [self.prompts[i] for i in n], [self.ids[i] for i in n]
         return ClipSet(self.frames[n], prompts, ids, truth)
+
+# %% ../../nbs/1_basics/04_clips.ipynb #15f10002
+def joined(
+    *sets:ClipSet, # Their clips have one shape
+)->ClipSet:        # All clips; their truth is known if every set's is
+    "One set of several."
+    if len(shapes := {tuple(s.frames.shape[1:]) for s in sets}) > 1:
+        raise ValueError(f'sets whose clips differ in shape cannot be joined: {sorted(shapes)}')
+    first = [0, *accumulate(len(s) for s in sets)]
+    def truth(i):
+        n = bisect_right(first, i) - 1
+        return sets[n].known_truth(i - first[n])
+    prompts, ids = ([x for s in sets for x in getattr(s, name)] for name in ('prompts', 'ids'))
+    known = truth if all(s.truth for s in sets) else None
+    return ClipSet(torch.cat([s.frames for s in sets]), prompts, ids, known)
 
 # %% ../../nbs/1_basics/04_clips.ipynb #c042
 def collate(

@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from ..basics.clips import ClipSet, spread, take
-from ..data.metaworld import load_clips, read_manifest
+from ..basics.clips import ClipSet, joined, spread, take
+from ..data.metaworld import load_clips, load_folder, read_manifest
 from ..data.prepare import prepared_splits, PreparedClips, SPLITS
 from ..flow.dot import load_dot
 from ..flow.estimators import (
@@ -97,11 +97,15 @@ def embedded_stage(
     estimator:nn.Module|None=None, # F; None: the small one that ships
     anchored:bool=False,    # F is DOT, and finds F(ŷ) from the tracks of y
     device:torch.device|None=None, # Of its modules; None: this process's GPU if there is one
+    whiten:float=1.,        # How far the codec makes its channels' variances equal
+    extra:Path|None=None,   # Folder of further clips by `generator.make_clips`; None: none
 )->Stage:
     "Load clips, fit the codec on all of them (as the shipped denoiser's was), compute F(y) once."
     every, device = load_clips('train', preset), torch.device(device) if device else run_device()
     estimator = (estimator or small_estimator()).to(device)
-    codec = fit_linear(take(every, spread(len(every), 100))['video'], channels=channels)
+    some = take(every, spread(len(every), 100))['video']
+    codec = fit_linear(some, channels=channels, whiten=whiten)
+    if extra: every = joined(every, load_folder(extra))
     chosen = every if clips is None else every.select(spread(len(every), clips))
     training = with_flow(chosen, flow, estimator, cache, anchored)
     return Stage(training, load_clips('validation', preset), load_clips('test', preset), codec,
@@ -114,6 +118,8 @@ def stage_denoiser(
     attends:tuple=(False, False, True),     # Which levels attend
     seed:int=0,                             # Of the initial weights
     init:Path|None=None,                    # Weights to start from, a safetensors file
+    mask:bool=False,                        # As `small_denoiser`
+    fade:float|None=None,                   # As `Denoiser`
 )->Denoiser:
     "The small denoiser for this stage, where the stage is."
     presets, sizes = read_manifest()['presets'].values(), (len(stage.codec.E), len(stage.codec.E0))
@@ -121,7 +127,8 @@ def stage_denoiser(
         torch.manual_seed(seed)
         prompts = [p for v in presets for p in v['splits']['train']['prompts']]
         text = WordEncoder(build_vocabulary(prompts))
-    net = small_denoiser(text, *sizes, tuple(widths), tuple(attends), seed=seed).to(stage.device)
+    net = small_denoiser(text, *sizes, tuple(widths), tuple(attends), seed=seed, mask=mask,
+                         fade=fade).to(stage.device)
     return load_weights(net, init) if init else net
 
 # %% ../../nbs/7_runs/03_stage.ipynb #c010

@@ -24,11 +24,11 @@ def open_small(
     "Open a run of the small model."
     params = read_run(run_dir)['params']['experiment'] if run_dir else {}
     F = choose_estimator(params.get('estimator', 'small'), weights)
-    channels = params.get('channels', 16)
-    stage = embedded_stage(Path('unused'), channels=channels, flow=None, estimator=F)
+    def given(names): return {k: params[k] for k in names.split() if k in params}
+    stage = embedded_stage(Path('unused'), flow=None, estimator=F, **given('channels whiten'))
     if not run_dir: return stage, stage_denoiser(stage, init=shipped_weights()).eval()
-    sizes = {k: params[k] for k in ('widths', 'attends') if k in params}
-    return stage, load_ema(stage_denoiser(stage, **sizes), run_dir)
+    net = stage_denoiser(stage, **given('widths attends mask fade'))
+    return stage, load_ema(net, run_dir)
 
 # %% ../../nbs/7_runs/04_trained.ipynb #b61eabd0
 PARTS = ('data', 'svd', 'text', 'estimator')  # Parameters of `train_bridge` that name its parts
