@@ -132,12 +132,12 @@ def noise_like(
 )->Tensor:                  # Unit noise of one of three forms, like `video`
     "White noise, coarse noise, or noise where something changes."
     form = int(torch.randint(3, (), generator=generator))
-    noise = torch.randn(video.shape, generator=generator)
+    noise = torch.randn(video.shape, generator=generator).to(video)
     if form == 1:
         coarse = noise[..., ::2, ::2].repeat_interleave(2, -1).repeat_interleave(2, -2)
         noise = coarse[..., :video.shape[-2], :video.shape[-1]]
     changes = (video - video[:1]).abs().amax((0, 1)) > .1
-    return (noise*changes if form == 2 else noise).to(video)
+    return noise*changes if form == 2 else noise
 
 # %% ../../nbs/6_evaluation/02_clipnet.ipynb #b476fc2e
 def damage(
@@ -165,7 +165,7 @@ def lesson(
     T, ids = batch['video'].shape[1], batch['id']
     order = torch.stack([draw_order(T, generator) for _ in ids])
     each = torch.arange(len(ids))[:, None]
-    worse, grain = zip(*[damage(v[o], generator) for v, o in zip(batch['video'], order)])
+    worse, grain = zip(*[damage(v[o.to(v.device)], generator) for v, o in zip(batch['video'], order)])
     place, step = (torch.stack([tables[i][k] for i in ids]) for k in ('place', 'step'))
     answers = dict(
         moment=order[:, 1:]/(T - 1)/UNITS['moment'],
