@@ -165,7 +165,8 @@ def lesson(
     T, ids = batch['video'].shape[1], batch['id']
     order = torch.stack([draw_order(T, generator) for _ in ids])
     each = torch.arange(len(ids))[:, None]
-    worse, grain = zip(*[damage(v[o.to(v.device)], generator) for v, o in zip(batch['video'], order)])
+    played = [v[o.to(v.device)] for v, o in zip(batch['video'], order)]
+    worse, grain = zip(*[damage(v, generator) for v in played])
     place, step = (torch.stack([tables[i][k] for i in ids]) for k in ('place', 'step'))
     answers = dict(
         moment=order[:, 1:]/(T - 1)/UNITS['moment'],
