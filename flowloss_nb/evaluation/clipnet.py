@@ -238,5 +238,6 @@ def clip_answers(
     device, parts = next(net.parameters()).device, []
     for v in video.split(batch):
         out = net(resize_video(full_precision(v).to(device), net.size))
-        parts.append(torch.cat([*(out[k] for k in out if k != 'task'), out['task'].softmax(1)], 1))
+        out['speed'], out['task'] = out['speed'].clamp(min=0).log1p(), out['task'].softmax(1)
+        parts.append(torch.cat([*out.values()], 1))
     return torch.cat(parts)[:, None]

@@ -320,7 +320,7 @@ def clipnet_measures(
     net = clipnet(path).to(run_device())
     about = dict(network='ClipNet', weights=file_hash(path),
                  looked_at=list(net.size), paired=paired,
-                 features='58 answers: moments, speeds, places, noise, blur, tasks')
+                 features='58 answers: moments, log speeds, places, noise, blur, tasks')
     compare = partial(kernel_distance, paired=paired)
     return {'KVD-clipnet': Measure(partial(clip_answers, net=net), compare, about)}
 
