@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['INCEPTION', 'ALEXNET', 'TooFew', 'check_features', 'check_pair', 'frechet_distance', 'clip_kernel',
-           'jackknife_variance', 'pair_terms', 'kernel_distance', 'file_hash', 'redrawn_distances', 'rank_sets',
-           'lite0_file', 'lite0', 'picture_features', 'frame_features', 'time_as_colour', 'clip_features',
-           'empty_inception', 'inception_features', 'load_lpips', 'lpips', 'Measure', 'lite0_measures',
-           'clipnet_measures', 'frechet_value', 'fid_measure', 'fvd_measure', 'lpips_measure', 'joined_facts',
-           'set_features', 'check_sets', 'set_measures', 'copy_distances']
+           'jackknife_variance', 'pair_terms', 'kernel_distance', 'file_hash', 'lite0_file', 'lite0',
+           'picture_features', 'frame_features', 'time_as_colour', 'clip_features', 'empty_inception',
+           'inception_features', 'load_lpips', 'lpips', 'Measure', 'lite0_measures', 'clipnet_measures',
+           'frechet_value', 'fid_measure', 'fvd_measure', 'lpips_measure', 'joined_facts', 'set_features', 'check_sets',
+           'set_measures', 'copy_distances']
 
 # %% ../../nbs/6_evaluation/03_distances.ipynb #4d230fbd
 import hashlib, io, warnings
@@ -17,8 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 import torch
-import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from ..basics.clips import check_video, full_precision, resize_video, to_uint8
 from .clipnet import clip_answers, clipnet
 from .i3d import (
@@ -136,40 +135,6 @@ def file_hash(
 )->str:            # The first 16 hexadecimal digits of its SHA-256
     "A short hash that identifies a weights file."
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()[:16]
-
-# %% ../../nbs/6_evaluation/03_distances.ipynb #c11be005
-def redrawn_distances(
-    terms:Tensor,           # `pair_terms` of a set `(N,N)`
-    generator:Generator,    # Draws the clips; the same state draws the same ones for another set
-    draws:int=2000,         # How often
-)->Tensor:                  # `(draws,)`
-    "The distance of paired sets, their clips drawn again and again."
-    n = len(terms)
-    counts = F.one_hot(torch.randint(n, (draws, n), generator=generator), n).sum(1).to(terms)
-    pairs = n*n - counts.square().sum(1)
-    return ((counts @ terms)*counts).sum(1)/pairs
-
-def rank_sets(
-    sets:dict[str, Tensor], # Name → features `(N,K,d)`, clips in the same order
-    true:Tensor,            # Features of the true clips
-    generator:Generator,    # Draws clips
-    level:float=.95,        # Of the intervals
-)->list[dict]:              # set, distance, low, high; step, step_low, step_high from the last
-    "Sets from near to far, with intervals of each distance and of each step."
-    state, ends = generator.get_state(), torch.tensor([(1 - level)/2, (1 + level)/2]).double()
-    terms = {name: pair_terms(x, true) for name, x in sets.items()}
-    values = {name: float(h.sum()/(len(h)*(len(h) - 1))) for name, h in terms.items()}
-    draws = {name: redrawn_distances(h, generator.set_state(state)) for name, h in terms.items()}
-    rows, before = [], None
-    for name in sorted(values, key=values.get):
-        row = dict(set=name, distance=values[name])
-        row |= zip(('low', 'high'), draws[name].quantile(ends).tolist())
-        if before:
-            row['step'] = values[name] - values[before]
-            steps = (draws[name] - draws[before]).quantile(ends)
-            row |= zip(('step_low', 'step_high'), steps.tolist())
-        rows, before = [*rows, row], name
-    return rows
 
 # %% ../../nbs/6_evaluation/03_distances.ipynb #362951c6
 def lite0_file()->Path: # Inside the package
