@@ -21,6 +21,7 @@ SMALL = {   # as little as shows every line
     'train_estimator': dict(clips=2, batch_size=1, K=1, test_clips=1, sigmas=[.5],
                             phases=[['match', 1, 1, 1e-3, 1., .25], ['flow', 1, 1, 1e-3, 1., .25]]),
     'train_judge': dict(steps=1, batch_size=1, seeds=[0, 2], K=1, test_clips=1),
+    'train_distance': dict(steps=1, batch_size=1, clips=2, looks=1),
     'train_small_svd': dict(clips=2, picture_steps=1, clip_steps=1, steps=1, test_clips=1),
     'bench_step': dict(steps=1, batch_size=1, clips=1),
     'compare_estimators': dict(clips=1, tracks=2, track_frames=2, cost_sizes=[[32, 48]]),

@@ -190,6 +190,7 @@ PATHS = dict(
     explore=('folder', 'weights'), report=('folder',), fig3_noise=('folder', 'weights'),
     where_motion=('folder', 'weights'),
     plan_scale=('small_svd',), train_estimator=('extra', 'init'), compare_estimators=('weights',),
+    train_distance=('extra',),
     bench_step=('warm_start',))
 
 def test_paths_mean_the_callers_folder(tmp_path, monkeypatch):

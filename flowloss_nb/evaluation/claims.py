@@ -10,7 +10,7 @@ __all__ = ['agreement', 'certainty', 'compare_with', 'Claim', 'claim_rows', 'str
 # %% ../../nbs/6_evaluation/09_claims.ipynb #80aa0004
 from collections.abc import Callable
 from typing import NamedTuple
-from .records import measured_ratio, MEASURES
+from .records import measured_ratio, MEASURES, VIDEO
 from .comparison import (
     at_steps, difference_words, fooled, on_test, over_seeds, over_steps,
     reservations, shared_measures, verdict, with_interval, without_copy)
@@ -127,7 +127,7 @@ def claim_distance(
 )->Claim|None:      # None: no such distance was measured
     "FVD falls earlier with FlowLoss (Fig. 4)."
     keys = shared_measures(by, curve=True)
-    key = next((k for k in ('set/FVD', 'set/KVD-lite0') if k in keys), None)
+    key = next((k for name in VIDEO if (k := f'set/{name}') in keys), None)
     if key is None: return None
     result, often = stretch(by, 'w_ψ', .5, (key,), base), counted(by, 'w_ψ', key, base)
     agree, warning = agreement(result[key], -1), ''

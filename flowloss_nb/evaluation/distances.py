@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['INCEPTION', 'ALEXNET', 'TooFew', 'check_features', 'check_pair', 'frechet_distance', 'clip_kernel',
-           'jackknife_variance', 'kernel_distance', 'file_hash', 'lite0_file', 'lite0', 'picture_features',
-           'frame_features', 'time_as_colour', 'clip_features', 'empty_inception', 'inception_features', 'load_lpips',
-           'lpips', 'Measure', 'lite0_measures', 'frechet_value', 'fid_measure', 'fvd_measure', 'lpips_measure',
-           'joined_facts', 'set_features', 'check_sets', 'set_measures', 'copy_distances']
+           'jackknife_variance', 'pair_terms', 'kernel_distance', 'file_hash', 'lite0_file', 'lite0',
+           'picture_features', 'frame_features', 'time_as_colour', 'clip_features', 'empty_inception',
+           'inception_features', 'load_lpips', 'lpips', 'Measure', 'lite0_measures', 'clipnet_measures',
+           'frechet_value', 'fid_measure', 'fvd_measure', 'lpips_measure', 'joined_facts', 'set_features', 'check_sets',
+           'set_measures', 'copy_distances']
 
 # %% ../../nbs/6_evaluation/03_distances.ipynb #4d230fbd
 import hashlib, io, warnings
@@ -18,11 +19,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from ..basics.clips import check_video, full_precision, resize_video, to_uint8
+from .clipnet import clip_answers, clipnet
 from .i3d import (
     I3D_FVD, I3D_SCRIPT, i3d_features, load_i3d, load_script, script_features)
 from .metrics import (
     as_shown, broken_clips, check_units, copy_first, on_screen)
 from ..training.scale import run_device
+from ..flow.estimators import WEIGHTS
 from ..flow.official import Official, check_hash, find_official, fit_state, read_official
 
 # %% ../../nbs/6_evaluation/03_distances.ipynb #5145325b
@@ -87,6 +90,20 @@ def jackknife_variance(
     "Variance of an estimate from leaving clips out, one at a time."
     return (len(left_out) - 1)*left_out.var(correction=0)
 
+# %% ../../nbs/6_evaluation/03_distances.ipynb #c11be002
+def pair_terms(
+    a:Tensor, # Features `(N,K,d)`
+    b:Tensor, # Features of the true clips, in the same order
+)->Tensor:    # `(N,N)`, 0 on the diagonal
+    "What each pair of different clips adds to the distance of paired sets."
+    a, b = check_pair(a, b)
+    if len(a) != len(b):
+        raise ValueError("paired sets need clip i of one for clip i of the other, "
+                         f"got {len(a)} and {len(b)} clips")
+    across = clip_kernel(a, b)
+    terms = clip_kernel(a, a) + clip_kernel(b, b) - across - across.mT
+    return terms - terms.diagonal().diag()
+
 # %% ../../nbs/6_evaluation/03_distances.ipynb #43af45c8
 def kernel_distance(
     a:Tensor,          # Features `(N,K,d)`
@@ -99,16 +116,13 @@ def kernel_distance(
     if min(n, m) < 3:
         raise TooFew("a kernel distance with its error needs at least 3 clips in each set, "
                      f"got {n} and {m}")
-    if paired and n != m:
-        raise ValueError("paired sets need clip i of one for clip i of the other, "
-                         f"got {n} and {m} clips")
     off = lambda k: k - k.diagonal().diag()
     without = lambda k: (k.sum() - 2*k.sum(1)) / ((len(k) - 1)*(len(k) - 2)) # pairs without clip i
-    xx, yy, xy = off(clip_kernel(a, a)), off(clip_kernel(b, b)), clip_kernel(a, b)
     if paired:
-        h = xx + yy - off(xy + xy.mT)
+        h = pair_terms(a, b)
         se = jackknife_variance(without(h)).sqrt()
         return dict(value=float(h.sum()/(n*(n - 1))), se=float(se))
+    xx, yy, xy = off(clip_kernel(a, a)), off(clip_kernel(b, b)), clip_kernel(a, b)
     value = xx.sum()/(n*(n - 1)) + yy.sum()/(m*(m - 1)) - 2*xy.mean()
     left_a = without(xx) - 2*(xy.sum() - xy.sum(1))/(m*(n - 1))
     left_b = without(yy) - 2*(xy.sum() - xy.sum(0))/(n*(m - 1))
@@ -261,6 +275,19 @@ def lite0_measures(
     kd = about | dict(features='1280 per frame, frames 1..T-1')
     kvd = about | dict(features='4 × 1280, time as colour')
     return {'KD-lite0': Measure(by_frame, compare, kd), 'KVD-lite0': Measure(by_clip, compare, kvd)}
+
+# %% ../../nbs/6_evaluation/03_distances.ipynb #c11be00a
+def clipnet_measures(
+    path:Path=WEIGHTS/'clipnet.safetensors', # File written by `save_clipnet`
+    paired:bool=True,       # Clip i of both sets shares its first frame
+)->dict[str, Measure]:      # KVD-clipnet
+    "The kernel distance of time and motion, for clips like the embedded ones."
+    net = clipnet(path).to(run_device())
+    about = dict(network='ClipNet', weights=file_hash(path),
+                 looked_at=list(net.size), paired=paired,
+                 features='58 answers: moments, log speeds, places, noise, blur, tasks')
+    compare = partial(kernel_distance, paired=paired)
+    return {'KVD-clipnet': Measure(partial(clip_answers, net=net), compare, about)}
 
 # %% ../../nbs/6_evaluation/03_distances.ipynb #26420b33
 def frechet_value(
