@@ -76,7 +76,7 @@ class Way(NamedTuple):
     "What a first frame and a prompt leave open."
     expert:str=''               # Name of the scripted expert; empty: the task's own
     goal:tuple|None=None        # Place (3,) that the hand reaches for instead, metres
-    detour:tuple=(0., 0., 0.)   # Shift (3,) from the hand's start to a point it visits first, metres
+    detour:tuple=(0., 0., 0.)   # Shift (3,) from the hand's start, visited first, metres
     speed:float=1.              # Factor on the actions, 0..1
     steps:int=110               # Control steps
 
