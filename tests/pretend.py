@@ -117,4 +117,6 @@ def pretended_gpu():
         patched.enter_context(mock.patch('accelerate.state.check_cuda_p2p_ib_support', lambda: True))
         patched.enter_context(mock.patch('torch.accelerator.is_available', lambda: False))
         patched.enter_context(mock.patch.object(Tensor, 'pretended', False, create=True))
+        # also where no mode is active: what is computed again for a gradient
+        patched.enter_context(mock.patch.object(Tensor, 'is_cuda', property(there), create=True))
         with Pretend(): yield

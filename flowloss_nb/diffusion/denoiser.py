@@ -65,7 +65,7 @@ def small_unet(
 class TemporalConv(nn.Conv3d):
     "A convolution over time only, on a CPU as a two-dimensional one over (T, H·W)."
     def forward(self, x):
-        if x.is_cuda: return super().forward(x)
+        if self.weight.is_cuda: return super().forward(x)
         weight, padding = self.weight[..., 0], self.padding[:2]
         out = nn.functional.conv2d(x.flatten(3), weight, self.bias, padding=padding)
         return out.unflatten(3, x.shape[3:])
