@@ -296,10 +296,11 @@ def joined(
 # %% ../../nbs/1_basics/04_clips.ipynb #c042
 def collate(
     items:list[dict], # Items of a ClipSet
-)->dict:              # One batch
+)->dict:              # One batch, with the entries that all have
     "Clips to batch: tensors stacked, texts in a list."
     def join(values): return torch.stack(values) if torch.is_tensor(values[0]) else values
-    return {k: join([o[k] for o in items]) for k in items[0]}
+    shared = [k for k in items[0] if all(k in o for o in items)]
+    return {k: join([o[k] for o in items]) for k in shared}
 
 # %% ../../nbs/1_basics/04_clips.ipynb #c043
 def take(
