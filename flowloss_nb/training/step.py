@@ -180,9 +180,7 @@ def update_ema(
 ):
     "Move the average towards the weights; buffers are copied."
     widen(ema)
-    averages = list(ema.parameters())
-    now = [b.to(a) for a, b in zip(averages, model.parameters(), strict=True)]
-    torch._foreach_lerp_(averages, now, 1 - decay)
+    for a, b in zip(ema.parameters(), model.parameters(), strict=True): a.lerp_(b.to(a), 1 - decay)
     for a, b in zip(ema.buffers(), model.buffers(), strict=True): a.copy_(b)
 
 # %% ../../nbs/5_training/02_step.ipynb #d5059505
