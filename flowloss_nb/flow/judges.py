@@ -187,7 +187,7 @@ def locator_supervision(
     off = torch.linalg.vector_norm(place - batch['gripper'][each, t].flatten(0, 1), dim=1)
     return {'loss': off.mean(), 'px': off.median().detach()}
 
-# %% ../../nbs/3_flow/08_judges.ipynb #15b00025
+# %% ../../nbs/3_flow/08_judges.ipynb #15b00026
 @torch.no_grad()
 def judge_floor(
     judge:Callable,         # An estimator
@@ -218,7 +218,7 @@ def locator_floor(
         total, count = total + float(off.double().sum()), count + len(off)
     return total/max(count, 1)
 
-# %% ../../nbs/3_flow/08_judges.ipynb #15b00029
+# %% ../../nbs/3_flow/08_judges.ipynb #15b0002a
 def save_net(
     net:nn.Module,  # `Pyramid` or `Locator`
     path:Path,      # File to write, `.safetensors`
