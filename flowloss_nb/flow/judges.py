@@ -171,6 +171,7 @@ class Locator(nn.Module):
         coarse = F.interpolate(self.coarse(fine), fine.shape[-2:], mode='bilinear')
         return mean_place(self.head(fine + coarse)[:, 0], 4)
 
+# %% ../../nbs/3_flow/08_judges.ipynb #15b00023
 def locator_supervision(
     net:Locator,            # To train
     batch:dict,             # Clips with `gripper`
@@ -187,7 +188,7 @@ def locator_supervision(
     off = torch.linalg.vector_norm(place - batch['gripper'][each, t].flatten(0, 1), dim=1)
     return {'loss': off.mean(), 'px': off.median().detach()}
 
-# %% ../../nbs/3_flow/08_judges.ipynb #15b00026
+# %% ../../nbs/3_flow/08_judges.ipynb #15b00028
 @torch.no_grad()
 def judge_floor(
     judge:Callable,         # An estimator
@@ -203,6 +204,7 @@ def judge_floor(
         count += int(counts.sum())
     return total/max(count, 1)
 
+# %% ../../nbs/3_flow/08_judges.ipynb #15b0002a
 @torch.no_grad()
 def locator_floor(
     locator:Callable,       # Pictures → place, spread
@@ -218,7 +220,7 @@ def locator_floor(
         total, count = total + float(off.double().sum()), count + len(off)
     return total/max(count, 1)
 
-# %% ../../nbs/3_flow/08_judges.ipynb #15b0002a
+# %% ../../nbs/3_flow/08_judges.ipynb #15b0002e
 def save_net(
     net:nn.Module,  # `Pyramid` or `Locator`
     path:Path,      # File to write, `.safetensors`
@@ -230,6 +232,7 @@ def save_net(
     header = {'kind': type(net).__name__, 'config': json.dumps(config), **about}
     with atomic_path(path) as temp: save_file(tensors, temp, header)
 
+# %% ../../nbs/3_flow/08_judges.ipynb #15b00030
 def load_net(
     kind:type,      # `Pyramid` or `Locator`
     path:Path,      # File written by `save_net`
